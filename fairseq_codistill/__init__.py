@@ -1,0 +1,25 @@
+"""Codistillation for fairseq: n training jobs teach each other through stale copies of each other's weights.
+
+`fairseq-train … --user-dir fairseq_codistill --criterion codistill_ce` imports this package, which registers the criterion.
+See these files first: `criterion.py` (the loss), `codistiller.py` (who teaches me now), `losses.py` (the papers' equations).
+
+    schedules, topology, losses      pure equations
+    snapshot → exchange → codistiller   weights as bytes; how they move; the peers that are held
+    hook                             ties a codistiller to a fairseq task
+    config, criterion                the options and `codistill_ce`
+    compat                           fairseq's checkpoints on today's torch
+    launch, report                   the commands `codistill-launch` and `codistill-report`
+"""
+
+import os
+import sys
+
+__version__ = "0.1.0"
+
+# The two commands start at once because they need neither fairseq nor torch (importing those costs four seconds).
+_COMMANDS = ("codistill-launch", "codistill-report")
+
+if os.path.basename(sys.argv[0] if sys.argv else "") not in _COMMANDS:
+    from . import compat, criterion  # noqa: F401
+
+    compat.allow_checkpoint_classes()

@@ -1,0 +1,57 @@
+"""fairseq on today's torch: its checkpoints load again, and loading stays safe.
+
+Since 2.6, `torch.load` refuses every class it was not told of, and fairseq tells it of none: `fairseq-generate`, resuming
+and the restore of several processes die on their own checkpoints. The remedy that is often seen
+(`TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`) lets any file run code. Here exactly the classes that fairseq writes are allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import typing
+from typing import List
+
+import torch
+
+
+def allow_checkpoint_classes() -> None:
+    """Allow the classes of fairseq's checkpoints in `torch.load`; before torch 2.6 there is nothing to do."""
+    if hasattr(torch.serialization, "add_safe_globals"):
+        torch.serialization.add_safe_globals(checkpoint_classes())
+
+
+def checkpoint_classes() -> List[object]:
+    """What fairseq's checkpoints hold besides tensors, numbers, strings and containers. None of it runs code on loading."""
+    return [argparse.Namespace, *_fairseq_classes(), *_omegaconf_classes(), *_numpy_scalars()]
+
+
+def _fairseq_classes() -> List[object]:
+    from fairseq.data.dictionary import Dictionary  # some tasks keep their dictionary in `task_state`
+    from fairseq.distributed.utils import _TensorPlaceholder  # stands for each tensor when rank 0 broadcasts a checkpoint
+
+    return [Dictionary, _TensorPlaceholder]
+
+
+def _omegaconf_classes() -> List[object]:
+    """Checkpoints of fairseq 0.10 hold their configuration as it was, not yet as plain dicts."""
+    from omegaconf import DictConfig, ListConfig
+    from omegaconf.base import ContainerMetadata, Metadata
+    from omegaconf.nodes import AnyNode, BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode
+
+    nodes = [AnyNode, BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode]
+    python = [typing.Any, dict, list, int, float, str, bool, collections.defaultdict, collections.OrderedDict]
+    return [DictConfig, ListConfig, ContainerMetadata, Metadata, *nodes, *python]
+
+
+def _numpy_scalars() -> List[object]:
+    """Meters that have averaged numpy numbers store numpy scalars."""
+    import numpy
+
+    try:
+        from numpy._core.multiarray import scalar
+    except ImportError:  # numpy 1
+        from numpy.core.multiarray import scalar
+    kinds = [numpy.dtype(name) for name in ("float64", "float32", "int64", "int32", "bool")]
+    # Up to numpy 1.24 these are all plain numpy.dtype.
+    return [scalar, numpy.dtype, *{type(kind) for kind in kinds}]

@@ -1,0 +1,173 @@
+"""The options of `codistill_ce`: declared for fairseq, checked once, one clear sentence for each mistake.
+
+Every option carries the prefix `codistill_`, because fairseq has one flat namespace and swallows collisions. The few
+fields below the options are fairseq's own values, filled in by fairseq.
+"""
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Callable, List, Optional
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
+
+from .losses import AGGREGATES, CONTROLS, DISTANCES
+from .schedules import ALPHA_SCHEDULES
+from .topology import edges_of
+
+ENVIRONMENT = {"codistill_peer": "CODISTILL_PEER", "codistill_peers": "CODISTILL_PEERS", "codistill_dir": "CODISTILL_DIR"}
+PEER_DTYPES = ("fp32", "bf16", "fp16")
+
+
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+# fairseq reads the types of these fields at run time, so this module has no `from __future__ import annotations`.
+@dataclass
+class CodistillConfig(FairseqDataclass):
+    codistill_peer: Optional[int] = _option(None, "my index among the peers, 0 … n−1 (default: $CODISTILL_PEER, else 0)")
+    codistill_peers: Optional[int] = _option(None, "number of peers (default: $CODISTILL_PEERS, else 1)")
+    codistill_dir: Optional[str] = _option(None, "directory where snapshots are exchanged (default: $CODISTILL_DIR)")
+    codistill_interval: int = _option(2500, "updates between publishing my weights and reloading the peers'")
+    codistill_loss: ChoiceEnum([*DISTANCES, *CONTROLS]) = _option(
+        "mse", "distance to the peers' predictions; uniform and unigram are the smoothing controls, without a peer"
+    )
+    codistill_temperature: float = _option(1.0, "τ of kl, reverse_kl, js and ce, with the factor τ²")
+    codistill_alpha: float = _option(1.0, "weight α of the distance (in the first epoch)")
+    codistill_alpha_schedule: ChoiceEnum(list(ALPHA_SCHEDULES)) = _option(
+        "exponential", "α by epoch: constant; exponential, α·γ^(epoch−1); stepwise, + step after each milestone"
+    )
+    codistill_gamma: float = _option(1.1, "γ of the exponential schedule")
+    codistill_alpha_step: float = _option(0.5, "what the stepwise schedule adds after each milestone")
+    codistill_milestones: Optional[str] = _option(None, "epochs after which α steps and weight decay changes: 15,30,40")
+    codistill_alpha_max: Optional[float] = _option(None, "α never grows above this")
+    codistill_burn_in: int = _option(0, "updates before which α is 0 and no peer is run")
+    codistill_topology: str = _option("all", "whom I learn from: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
+    codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(
+        "pairwise", "pairwise: mean of the distances; mean: distance to the peers' mean prediction"
+    )
+    codistill_peer_dtype: Optional[ChoiceEnum(list(PEER_DTYPES))] = _option(
+        None, "precision of the peers' weights and forward (default: the model's)"
+    )
+    codistill_sync: bool = _option(False, "lockstep: wait for the peers' snapshot of the same update (reproducible runs)")
+    codistill_wait: float = _option(
+        0.0, "seconds to wait at the start for the peers' first snapshots; with --codistill-sync, for each (0: 600)"
+    )
+    codistill_max_staleness: Optional[int] = _option(None, "updates after which a snapshot stops teaching")
+    codistill_data: ChoiceEnum(["independent", "same", "disjoint"]) = _option(
+        "independent", "training data of the peers: independent order, same order, or disjoint fixed parts"
+    )
+    codistill_weight_decays: Optional[str] = _option(
+        None, "weight decay before and after each milestone, e.g. 1e-4,1e-5,0"
+    )
+    codistill_teacher: Optional[str] = _option(
+        None, "frozen fairseq checkpoints a.pt:b.pt instead of peers (offline distillation)"
+    )
+    # fairseq's own, filled in by fairseq
+    sentence_avg: bool = II("optimization.sentence_avg")
+    ddp_backend: str = II("distributed_training.ddp_backend")
+    model_parallel_size: int = II("common.model_parallel_size")
+    train_subset: str = II("dataset.train_subset")
+
+
+def read_environment(cfg: CodistillConfig) -> CodistillConfig:
+    """Fill who I am, how many we are and where from the environment, where the command line is silent."""
+    for name, variable in ENVIRONMENT.items():
+        text = os.environ.get(variable)
+        if getattr(cfg, name) is None and text:
+            setattr(cfg, name, text if name == "codistill_dir" else _integer(text, variable))
+    cfg.codistill_peer = 0 if cfg.codistill_peer is None else cfg.codistill_peer
+    cfg.codistill_peers = 1 if cfg.codistill_peers is None else cfg.codistill_peers
+    return cfg
+
+
+def check(cfg: CodistillConfig) -> None:
+    """Raises ValueError, in one sentence, for the first option that cannot be meant. `cfg`: environment already read."""
+    for name, good, must in _RULES:
+        value = getattr(cfg, name)
+        if value is not None and not good(value):
+            raise ValueError(f"{name} must be {must}, but is {value} instead.")
+    _check_peers(cfg)
+    milestones = numbers(cfg, "codistill_milestones")
+    if any(later <= earlier for earlier, later in zip([0.0, *milestones], milestones)):
+        raise ValueError(f"codistill_milestones must be epochs that increase, from above 0, but is {cfg.codistill_milestones}.")
+    _check_milestones_used(cfg, milestones)
+    if cfg.ddp_backend == "fully_sharded" and active(cfg):
+        raise ValueError(
+            "codistill_ce cannot publish the weights of --ddp-backend fully_sharded, whose ranks hold a shard each; "
+            "use another backend inside a peer, such as the default pytorch_ddp."
+        )
+    if cfg.model_parallel_size > 1 and active(cfg):
+        raise ValueError("codistill_ce needs whole models, but --model-parallel-size is above 1; leave it at 1.")
+    if cfg.codistill_teacher:
+        for path in cfg.codistill_teacher.split(":"):
+            if not os.path.isfile(path):
+                raise ValueError(f"codistill_teacher must be checkpoints a.pt:b.pt, but there is no file {path!r}.")
+
+
+def numbers(cfg: CodistillConfig, name: str) -> List[float]:
+    """An option that is a comma-separated list of numbers."""
+    text = getattr(cfg, name)
+    try:
+        values = [float(word) for word in text.split(",")] if text else []
+    except ValueError:
+        values = [math.nan]
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{name} must be numbers separated by commas, but is {text!r} instead.")
+    return values
+
+
+def active(cfg: CodistillConfig) -> bool:
+    """Whether anybody teaches at all; otherwise the criterion is plain cross entropy."""
+    return cfg.codistill_peers > 1 or cfg.codistill_teacher is not None or str(cfg.codistill_loss) in CONTROLS
+
+
+def _finite(test: Callable[[float], bool]) -> Callable[[float], bool]:
+    return lambda value: math.isfinite(value) and test(value)
+
+
+_RULES = (
+    ("codistill_peers", lambda v: v >= 1, "at least 1"),
+    ("codistill_interval", lambda v: v >= 1, "at least 1 update"),
+    ("codistill_temperature", _finite(lambda v: v > 0), "a finite number greater than 0"),
+    ("codistill_alpha", _finite(lambda v: v >= 0), "a finite number, not negative"),
+    ("codistill_gamma", _finite(lambda v: v >= 0), "a finite number, not negative"),
+    ("codistill_alpha_step", _finite(lambda v: True), "a finite number"),
+    ("codistill_alpha_max", _finite(lambda v: v >= 0), "a finite number, not negative"),
+    ("codistill_burn_in", lambda v: v >= 0, "a number of updates, not negative"),
+    ("codistill_wait", _finite(lambda v: v >= 0), "a finite number of seconds, not negative"),
+    ("codistill_max_staleness", lambda v: v >= 1, "at least 1 update"),
+)
+
+
+def _check_peers(cfg: CodistillConfig) -> None:
+    peer, peers = cfg.codistill_peer, cfg.codistill_peers
+    if not 0 <= peer < peers:
+        forgot = "; did you forget --codistill-peers (or CODISTILL_PEERS)?" if peers == 1 else "."
+        raise ValueError(f"codistill_peer must be between 0 and {peers - 1} with {peers} peers, but is {peer} instead{forgot}")
+    if peers > 1 and not cfg.codistill_dir and not cfg.codistill_teacher:
+        raise ValueError(
+            f"codistill_dir must name a directory that all {peers} peers see, but is not given; "
+            "did you forget --codistill-dir (or CODISTILL_DIR)?"
+        )
+    edges_of(cfg.codistill_topology, peers)
+
+
+def _check_milestones_used(cfg: CodistillConfig, milestones: List[float]) -> None:
+    if str(cfg.codistill_alpha_schedule) == "stepwise" and not milestones:
+        raise ValueError("codistill_milestones must be given with --codistill-alpha-schedule stepwise; did you forget it?")
+    decays = numbers(cfg, "codistill_weight_decays")
+    if decays and (len(decays) != len(milestones) + 1 or min(decays) < 0):
+        raise ValueError(
+            "codistill_weight_decays must be one number, not negative, before and after each milestone, so "
+            f"{len(milestones) + 1} for {len(milestones)} milestones, but is {cfg.codistill_weight_decays}."
+        )
+
+
+def _integer(text: str, variable: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"The environment variable {variable} must be a whole number, but is {text!r} instead.") from None

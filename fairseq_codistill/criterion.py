@@ -1,0 +1,204 @@
+"""`codistill_ce`: cross entropy + α·D, for whatever logits a fairseq task gives.
+
+    loss = Σ over positions of (cross entropy + α · D), divided by the same `sample_size` as `cross_entropy`
+
+A position is a target token or an image; padding adds nothing. A sample that carries no teaching (validation, α = 0,
+nobody to learn from) gets plain cross entropy: there is no mode flag.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.criterions import register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.logging import metrics
+from torch import Tensor
+
+from . import config, hook
+from .codistiller import AlphaSchedule, Codistiller, Teaching
+from .exchange import Exchange, Run, open_store
+from .losses import AGGREGATES, CONTROLS, uniform, unigram
+from .topology import edges_of
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+
+
+@register_criterion("codistill_ce", dataclass=config.CodistillConfig)
+class CodistillCriterion(CrossEntropyCriterion):
+    """Cross entropy, and in training the distance to the peers' predictions where the sample carries a `Teaching`."""
+
+    def __init__(self, task: Any, cfg: config.CodistillConfig) -> None:
+        super().__init__(task, cfg.sentence_avg)
+        cfg = config.read_environment(cfg)
+        config.check(cfg)
+        self.distance_name = str(cfg.codistill_loss)
+        self.aggregate = AGGREGATES[str(cfg.codistill_aggregate)]
+        self.temperature = cfg.codistill_temperature
+        self._frequencies: Optional[Tensor] = None
+        self._gives_logits: Optional[bool] = None
+        if self.distance_name == "unigram" and task.target_dictionary is None:
+            raise ValueError("codistill_loss unigram needs a target dictionary, but this task has none; use uniform.")
+        _attach(task, cfg)
+
+    def forward(self, model, sample, reduce: bool = True):
+        """The loss, its sample size, and what to log, as `cross_entropy` gives them."""
+        net_output = model(**sample["net_input"])
+        nll_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
+        loss, log = nll_loss, {}
+        teaching = sample.get(hook.TEACHING)
+        if teaching is not None:
+            distance, log = self.distance(model, net_output, sample, teaching)
+            loss = nll_loss + teaching.alpha * (distance.sum() if reduce else distance)
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        return loss, sample_size, {
+            "loss": loss.data,
+            "nll_loss": nll_loss.data,
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+            **log,
+        }  # fmt: skip
+
+    def distance(self, model, net_output, sample, teaching: Teaching) -> Tuple[Tensor, Dict[str, Any]]:
+        """D at each position, 0 at padding: [N]; and the sums to log."""
+        kept_N = model.get_targets(sample, net_output).reshape(-1) != self.padding_idx
+        own_NV = self.scores(model, net_output)
+        agreement: List[Tensor] = []
+        if self.distance_name in CONTROLS:
+            distance_N = self._smoothing(own_NV)
+        else:
+            predictions = self._peers_scores(teaching, sample["net_input"], own_NV, kept_N, agreement)
+            distance_N = self.aggregate(self.distance_name, own_NV, predictions, self.temperature)
+        distance_N = distance_N.masked_fill(~kept_N, 0)
+        positions = kept_N.sum()
+        log = {
+            "codistill_loss": distance_N.sum().data,
+            "codistill_positions": positions,
+            "codistill_alpha": teaching.alpha * positions,
+        }
+        if agreement:
+            log["codistill_staleness"] = teaching.staleness * positions
+            log["codistill_agreement"] = sum(agreement) / len(agreement)
+        return distance_N, log
+
+    def _peers_scores(self, teaching: Teaching, net_input, own_NV: Tensor, kept_N: Tensor, agreement: List[Tensor]):
+        """Each peer's scores [N, V], one after another; counts on the way where its top-1 is mine."""
+        own_top_N = own_NV.argmax(-1)
+        for peer, output in teaching.outputs(net_input):
+            peer_NV = self.scores(peer, output)
+            agreement.append(((peer_NV.argmax(-1) == own_top_N) & kept_N).sum())
+            yield peer_NV
+
+    def scores(self, model, net_output) -> Tensor:
+        """A model's logits as [N, V], or its log-probabilities where its output is no logits (adaptive softmax, copying)."""
+        logits = net_output[0] if isinstance(net_output, (tuple, list)) else net_output
+        logits = logits.get("encoder_out") if isinstance(logits, dict) else logits
+        if self._gives_logits is None:
+            self._gives_logits = _are_logits(model, net_output, logits)
+        if not self._gives_logits:
+            logits = model.get_normalized_probs(net_output, log_probs=True)
+        return logits.reshape(-1, logits.size(-1))
+
+    def _smoothing(self, own_NV: Tensor) -> Tensor:
+        if self.distance_name == "uniform":
+            return uniform(own_NV)
+        if self._frequencies is None:
+            self._frequencies = _frequencies(self.task.target_dictionary).to(own_NV.device)
+        return unigram(own_NV, self._frequencies)
+
+    @staticmethod
+    def reduce_metrics(logging_outputs) -> None:
+        """Sums over ranks and micro-batches to fairseq's metrics, in base 2: loss = nll_loss + codistill_alpha · codistill_loss."""
+        total = {name: sum(log.get(name, 0) for log in logging_outputs) for name in _SUMMED}
+        sample_size, ntokens = total["sample_size"], total["ntokens"]
+        metrics.log_scalar("loss", total["loss"] / sample_size / math.log(2), sample_size, round=3)
+        metrics.log_scalar("nll_loss", total["nll_loss"] / ntokens / math.log(2), ntokens, round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        positions = total["codistill_positions"]
+        if positions == 0:
+            return
+        metrics.log_scalar("codistill_loss", total["codistill_loss"] / sample_size / math.log(2), sample_size, round=4)
+        metrics.log_scalar("codistill_alpha", total["codistill_alpha"] / positions, positions, round=4)
+        if any("codistill_agreement" in log for log in logging_outputs):
+            metrics.log_scalar("codistill_staleness", total["codistill_staleness"] / positions, positions, round=1)
+            metrics.log_scalar("codistill_agreement", total["codistill_agreement"] / positions, positions, round=3)
+
+
+_SUMMED = (
+    "loss", "nll_loss", "ntokens", "sample_size",
+    "codistill_loss", "codistill_positions", "codistill_alpha", "codistill_staleness", "codistill_agreement",
+)  # fmt: skip
+
+
+def _attach(task: Any, cfg: config.CodistillConfig) -> None:
+    """Build the codistiller that the options describe, and tie it to the task."""
+    decays = config.numbers(cfg, "codistill_weight_decays")
+    if decays:
+        hook.schedule_weight_decay(task, config.numbers(cfg, "codistill_milestones"), decays)
+    if cfg.codistill_peers > 1 and str(cfg.codistill_data) != "independent":
+        hook.order_data(task, str(cfg.codistill_data), cfg.codistill_peer, cfg.codistill_peers, cfg.train_subset)
+    if not config.active(cfg):
+        logger.info("codistillation: no peers are configured, so this trains alone, exactly as cross_entropy does")
+        return
+    frozen = lambda: _load_teachers(cfg.codistill_teacher, task)  # noqa: E731
+    hook.attach(task, _codistiller(cfg), _run(task, cfg.codistill_peers), cfg.train_subset, frozen)
+
+
+def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
+    control = str(cfg.codistill_loss) in CONTROLS
+    peer, peers = cfg.codistill_peer, cfg.codistill_peers
+    exchanges = peers > 1 and not control and not cfg.codistill_teacher
+    dtype = None if cfg.codistill_peer_dtype is None else str(cfg.codistill_peer_dtype)
+    return Codistiller(
+        peer=peer,
+        peers=peers,
+        schedule=AlphaSchedule(
+            str(cfg.codistill_alpha_schedule), cfg.codistill_alpha, cfg.codistill_gamma, cfg.codistill_alpha_step,
+            config.numbers(cfg, "codistill_milestones"), cfg.codistill_alpha_max, cfg.codistill_burn_in,
+        ),
+        exchange=Exchange(open_store(cfg.codistill_dir), peer) if exchanges else None,
+        edges=edges_of(cfg.codistill_topology, peers),
+        interval=cfg.codistill_interval,
+        peer_dtype=_DTYPES[dtype],
+        lockstep=cfg.codistill_sync,
+        wait=cfg.codistill_wait,
+        max_staleness=cfg.codistill_max_staleness,
+        needs_peers=not control,
+    )  # fmt: skip
+
+
+def _run(task: Any, peers: int) -> Run:
+    dictionary = task.target_dictionary
+    if dictionary is None:
+        return Run(peers, None, None)
+    sha256 = hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+    return Run(peers, sha256, len(dictionary))
+
+
+def _load_teachers(paths: Optional[str], task: Any) -> Sequence[torch.nn.Module]:
+    if not paths:
+        return ()
+    models, _ = checkpoint_utils.load_model_ensemble(paths.split(":"), task=task)
+    return models
+
+
+def _are_logits(model, net_output, logits: Any) -> bool:
+    """Whether the softmax of the model's first output is what the model calls its probabilities. Asked once."""
+    lprobs = model.get_normalized_probs(net_output, log_probs=True).detach()
+    if not torch.is_tensor(logits) or logits.numel() != lprobs.numel():
+        return False
+    row = logits.detach().reshape(-1, lprobs.size(-1))[0].float()
+    return torch.allclose(row.log_softmax(-1), lprobs.reshape(-1, lprobs.size(-1))[0].float(), atol=1e-2, rtol=1e-2)
+
+
+def _frequencies(dictionary) -> Tensor:
+    counts = torch.tensor(dictionary.count, dtype=torch.float)
+    return counts / counts.sum()

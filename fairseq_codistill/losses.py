@@ -1,0 +1,159 @@
+"""Distances between my predictions and a peer's: the papers' equations, one value per position, no reduction.
+
+Shapes: N positions (target tokens, or images), V classes. `own_NV` and `peer_NV` are logits; any scores that differ from
+them by a constant in each row (such as log-probabilities) give the same value, except for `mse`.
+Half-precision logits are widened to float32 first. No gradient ever reaches a peer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Dict, Iterable, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mse(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean over V of (own − peer)², uncentred: the distance of Sodhani et al. (§3). The temperature is not used."""
+    return (own_NV - peer_NV).pow(2).mean(-1)
+
+
+def centered_mse(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """`mse` after each row's mean is taken away (Sodhani et al., §3: "similar"): the variance over V of own − peer."""
+    return (own_NV - peer_NV).var(-1, unbiased=False)
+
+
+def ce(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """−Σ softmax(peer/τ) · log softmax(own/τ) · τ²: cross entropy to soft targets (ψ of Anil et al., §2)."""
+    return -(_probs(peer_NV, temperature) * _log_probs(own_NV, temperature)).sum(-1) * temperature**2
+
+
+def kl(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(peer ‖ own) · τ² = `ce` less the peer's entropy, so the same gradient; 0 where both agree."""
+    return _kl(_probs(peer_NV, temperature), _log_probs(own_NV, temperature)) * temperature**2
+
+
+def reverse_kl(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(own ‖ peer) · τ²: the direction of Murai et al. 2020."""
+    return _kl(_probs(own_NV, temperature), _log_probs(peer_NV, temperature)) * temperature**2
+
+
+def js(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Jensen–Shannon divergence · τ²: half of each KL to the middle of both distributions; at most ln 2 · τ²."""
+    own, peer = _probs(own_NV, temperature), _probs(peer_NV, temperature)
+    log_middle = ((own + peer) / 2).clamp_min(torch.finfo(own.dtype).tiny).log()
+    return (_kl(own, log_middle) + _kl(peer, log_middle)) / 2 * temperature**2
+
+
+def uniform(own_NV: Tensor) -> Tensor:
+    """Cross entropy to the uniform distribution: label smoothing as a "teacher" (Anil et al., Fig. 2a, control)."""
+    return -_log_probs(_wide(own_NV), 1.0).mean(-1)
+
+
+def unigram(own_NV: Tensor, frequencies_V: Tensor) -> Tensor:
+    """Cross entropy to the classes' frequencies in the training data, which sum to 1 (Anil et al., Fig. 2a, control)."""
+    return -(_log_probs(_wide(own_NV), 1.0) * frequencies_V).sum(-1)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A row of the table of distances: the equation, and what the mean of several peers' predictions is a mean of."""
+
+    function: Callable[[Tensor, Tensor, float], Tensor]
+    mean_of: str  # "logits" or "probabilities"
+
+
+DISTANCES: Dict[str, Distance] = {
+    "mse": Distance(mse, "logits"),
+    "centered_mse": Distance(centered_mse, "logits"),
+    "kl": Distance(kl, "probabilities"),
+    "reverse_kl": Distance(reverse_kl, "probabilities"),
+    "js": Distance(js, "probabilities"),
+    "ce": Distance(ce, "probabilities"),
+}
+CONTROLS = ("uniform", "unigram")
+
+
+def pairwise(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0) -> Tensor:
+    """Mean over the peers of D(own, peer), for each position (Sodhani et al., Algorithm 1).
+
+    `peers` yields logits [N, V] one after another, and each is dropped before the next is asked for: memory does not
+    grow with their number. A peer's row that is not finite teaches nothing. Returns [N], differentiable once in `own_NV`.
+    """
+    total: Optional[Tuple[Tensor, Tensor]] = None
+    count = 0
+    for peer_NV in peers:
+        value_N, gradient_NV = _value_and_gradient(name, own_NV, peer_NV, temperature)
+        total = (value_N, gradient_NV) if total is None else (total[0] + value_N, total[1].add_(gradient_NV))
+        count += 1
+    assert total is not None, "a distance needs at least one peer"
+    return _KnownGradient.apply(own_NV, total[0] / count, total[1].div_(count))
+
+
+def to_mean(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0) -> Tensor:
+    """D(own, the peers' mean prediction), for each position (Anil et al., Algorithm 1). Shapes as `pairwise`.
+
+    The mean is of logits for the squared distances and of probabilities (at τ) for the others. For `mse`, `ce` and `kl`
+    its gradient equals that of `pairwise`.
+    """
+    probabilities = DISTANCES[name].mean_of == "probabilities"
+    mean_NV, count = None, 0
+    for peer_NV in peers:
+        peer_NV = _probs(_wide(peer_NV), temperature) if probabilities else _wide(peer_NV)
+        mean_NV = peer_NV.clone() if mean_NV is None else mean_NV.add_(peer_NV)
+        count += 1
+    assert mean_NV is not None, "a distance needs at least one peer"
+    mean_NV.div_(count)
+    if probabilities:  # back to logits, whose softmax at τ is the mean distribution
+        mean_NV = mean_NV.clamp_min_(torch.finfo(mean_NV.dtype).tiny).log_().mul_(temperature)
+    return pairwise(name, own_NV, [mean_NV], temperature)
+
+
+AGGREGATES = {"pairwise": pairwise, "mean": to_mean}
+
+
+def _value_and_gradient(name: str, own_NV: Tensor, peer_NV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+    """D [N] and ∂D/∂own [N, V]: taken at once, so that no graph of [N, V] tensors waits for the model's backward."""
+    with torch.enable_grad():
+        leaf_NV = _wide(own_NV.detach()).requires_grad_()
+        value_N = DISTANCES[name].function(leaf_NV, _wide(peer_NV.detach()), temperature)
+        (gradient_NV,) = torch.autograd.grad(value_N.sum(), leaf_NV)
+    value_N = value_N.detach()
+    usable_N = value_N.isfinite()  # a peer's overflow must not become mine
+    return value_N.masked_fill_(~usable_N, 0), gradient_NV.masked_fill_(~usable_N.unsqueeze(-1), 0)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """Passes `value_N` on; its gradient in `own_NV` is the row's `gradient_NV`, which was computed beforehand."""
+
+    @staticmethod
+    def forward(ctx, own_NV: Tensor, value_N: Tensor, gradient_NV: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient_NV)
+        ctx.dtype = own_NV.dtype
+        return value_N.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_N: Tensor):
+        (gradient_NV,) = ctx.saved_tensors
+        # In float32 until the loss scale of fp16 training is multiplied in: the bare gradient would underflow.
+        return (gradient_NV * grad_N.unsqueeze(-1)).to(ctx.dtype), None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _probs(logits: Tensor, temperature: float) -> Tensor:
+    return F.softmax(logits / temperature if temperature != 1.0 else logits, dim=-1)
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=-1)
+
+
+def _kl(probs: Tensor, log_probs_other: Tensor) -> Tensor:
+    # F.kl_div takes 0 · log 0 as 0, which a class that a model rules out needs.
+    return F.kl_div(log_probs_other, probs, reduction="none").sum(-1)

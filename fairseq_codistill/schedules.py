@@ -1,0 +1,73 @@
+"""α and weight decay as plain functions of the epoch: nothing is counted, so a resumed run continues by itself.
+
+Epochs count from 1, as in fairseq. A milestone m takes effect when m epochs are complete, so from epoch m + 1 on.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left
+from typing import Callable, Dict, Optional, Sequence
+
+
+def constant(epoch: int, alpha: float, **_: object) -> float:
+    """α in every epoch (Anil et al.)."""
+    return alpha
+
+
+def exponential(epoch: int, alpha: float, gamma: float, **_: object) -> float:
+    """α·γ^(epoch−1) (Sodhani et al., §3.3 and Fig. 17, translation: γ = 1.1).
+
+    With α = 1 and γ = 1.1: epoch 1 → 1.0, epoch 2 → 1.1, epoch 3 → 1.21, epoch 26 → 10.83.
+    """
+    try:
+        return alpha * gamma ** (epoch - 1)
+    except OverflowError:
+        return sys.float_info.max
+
+
+def stepwise(epoch: int, alpha: float, step: float, milestones: Sequence[float], **_: object) -> float:
+    """α + step for each milestone passed (Sodhani et al., §3.2, ImageNet: +0.5 at each decay of the learning rate).
+
+    With α = 1, step = 0.5 and milestones (15, 30, 40): epochs 1–15 → 1.0, 16–30 → 1.5, 31–40 → 2.0, 41– → 2.5.
+    """
+    return alpha + step * _passed(epoch, milestones)
+
+
+ALPHA_SCHEDULES: Dict[str, Callable[..., float]] = {
+    "constant": constant,
+    "exponential": exponential,
+    "stepwise": stepwise,
+}
+
+
+def alpha_at(
+    schedule: str,
+    epoch: int,
+    update: int,
+    *,
+    alpha: float,
+    gamma: float = 1.1,
+    step: float = 0.5,
+    milestones: Sequence[float] = (),
+    maximum: Optional[float] = None,
+    burn_in: int = 0,
+) -> float:
+    """α for this epoch and update: 0 before update `burn_in` (Anil et al., Algorithm 1), never above `maximum`."""
+    if update < burn_in:
+        return 0.0
+    value = ALPHA_SCHEDULES[schedule](epoch, alpha=alpha, gamma=gamma, step=step, milestones=milestones)
+    return value if maximum is None else min(value, maximum)
+
+
+def weight_decay_at(epoch: int, milestones: Sequence[float], values: Sequence[float]) -> float:
+    """The weight decay before the first milestone and after each (Sodhani et al., §3.2: 1e-4 → 1e-5 → 0).
+
+    With milestones (18, 38) and values (1e-4, 1e-5, 0): epochs 1–18 → 1e-4, 19–38 → 1e-5, 39– → 0.
+    """
+    assert len(values) == len(milestones) + 1, "one value more than milestones"
+    return values[_passed(epoch, milestones)]
+
+
+def _passed(epoch: int, milestones: Sequence[float]) -> int:
+    return bisect_left(milestones, epoch)

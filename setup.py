@@ -1,0 +1,37 @@
+"""Package fairseq-codistill: a fairseq --user-dir plugin and the commands around it."""
+from setuptools import setup
+
+setup(
+    name="fairseq-codistill",
+    version="0.1.0",
+    description="Codistillation for fairseq: training jobs teach each other through stale copies of their weights",
+    license="MIT",
+    python_requires=">=3.9",
+    packages=["fairseq_codistill"],
+    install_requires=[
+        # Stock fairseq cannot be imported on Python >= 3.11; fairseq-fixed is its main branch with that mended.
+        # Both provide the module `fairseq`, so there must be one or the other, never both.
+        'fairseq-fixed==0.12.3.1; python_version>="3.11"',
+        'fairseq==0.12.2; python_version<"3.11"',
+        "torch",
+        "numpy",
+        "sacrebleu",
+        "sentencepiece",
+        "safetensors",
+        "fsspec",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+    ],
+    extras_require={
+        "image": ["torchvision"],
+        "s3": ["s3fs"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+    },
+    entry_points={
+        "console_scripts": [
+            "codistill-launch=fairseq_codistill.launch:main",
+            "codistill-report=fairseq_codistill.report:main",
+        ],
+    },
+)

@@ -17,9 +17,12 @@ import sys
 __version__ = "0.1.0"
 
 # The two commands start at once because they need neither fairseq nor torch (importing those costs four seconds).
-_COMMANDS = ("codistill-launch", "codistill-report")
+# `python -m fairseq_codistill.launch` shows itself as "-m" at this point, and so does no fairseq command that imports us
+# by --user-dir, since by then its own name stands there.
+_COMMANDS = ("codistill-launch", "codistill-report", "-m")
 
 if os.path.basename(sys.argv[0] if sys.argv else "") not in _COMMANDS:
     from . import compat, criterion  # noqa: F401
 
     compat.allow_checkpoint_classes()
+    compat.provide_removed_numpy_names()

@@ -202,12 +202,12 @@ class Codistiller:
 
     def _needed_from(self) -> int:
         """The earliest update at which a learner of mine would resume if it died now: what lockstep must still find."""
-        updates = [self._checkpoints[0]]
+        updates = []
         for learner in learners_of(self.peer, self.edges):
             with contextlib.suppress(BadSnapshot):
                 manifest = self.exchange.newest(learner)
                 updates.append(manifest.resumes_from if manifest else 0)
-        return min(updates) // self.interval * self.interval
+        return min(updates, default=0) // self.interval * self.interval
 
     def _wait_for_company(self) -> None:
         for teacher in self._teachers:

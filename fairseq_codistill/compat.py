@@ -1,4 +1,4 @@
-"""fairseq on today's torch: its checkpoints load again, and loading stays safe.
+"""fairseq on today's torch and numpy: its checkpoints load again, and loading stays safe.
 
 Since 2.6, `torch.load` refuses every class it was not told of, and fairseq tells it of none: `fairseq-generate`, resuming
 and the restore of several processes die on their own checkpoints. The remedy that is often seen
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import types
 import typing
 from typing import List
 
+import numpy
 import torch
 
 
@@ -19,6 +21,12 @@ def allow_checkpoint_classes() -> None:
     """Allow the classes of fairseq's checkpoints in `torch.load`; before torch 2.6 there is nothing to do."""
     if hasattr(torch.serialization, "add_safe_globals"):
         torch.serialization.add_safe_globals(checkpoint_classes())
+
+
+def provide_removed_numpy_names() -> None:
+    """`numpy.compat.long`, gone since numpy 2.2: fairseq's language modeling by sentences (`TokenBlockDataset`) asks for it."""
+    if not hasattr(numpy, "compat"):
+        numpy.compat = types.SimpleNamespace(long=int)
 
 
 def checkpoint_classes() -> List[object]:
@@ -46,8 +54,6 @@ def _omegaconf_classes() -> List[object]:
 
 def _numpy_scalars() -> List[object]:
     """Meters that have averaged numpy numbers store numpy scalars."""
-    import numpy
-
     try:
         from numpy._core.multiarray import scalar
     except ImportError:  # numpy 1

@@ -32,19 +32,19 @@ def ce(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
 
 def kl(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(peer ‖ own) · τ² = `ce` less the peer's entropy, so the same gradient; 0 where both agree."""
-    return _kl(_probs(peer_NV, temperature), _log_probs(own_NV, temperature)) * temperature**2
+    return _kl(_log_probs(peer_NV, temperature), _log_probs(own_NV, temperature)) * temperature**2
 
 
 def reverse_kl(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(own ‖ peer) · τ²: the direction of Murai et al. 2020."""
-    return _kl(_probs(own_NV, temperature), _log_probs(peer_NV, temperature)) * temperature**2
+    return _kl(_log_probs(own_NV, temperature), _log_probs(peer_NV, temperature)) * temperature**2
 
 
 def js(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """Jensen–Shannon divergence · τ²: half of each KL to the middle of both distributions; at most ln 2 · τ²."""
-    own, peer = _probs(own_NV, temperature), _probs(peer_NV, temperature)
-    log_middle = ((own + peer) / 2).clamp_min(torch.finfo(own.dtype).tiny).log()
-    return (_kl(own, log_middle) + _kl(peer, log_middle)) / 2 * temperature**2
+    log_own, log_peer = _log_probs(own_NV, temperature), _log_probs(peer_NV, temperature)
+    log_middle = ((log_own.exp() + log_peer.exp()) / 2).clamp_min(torch.finfo(log_own.dtype).tiny).log()
+    return (_kl(log_own, log_middle) + _kl(log_peer, log_middle)) / 2 * temperature**2
 
 
 def uniform(own_NV: Tensor) -> Tensor:
@@ -154,6 +154,7 @@ def _log_probs(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=-1)
 
 
-def _kl(probs: Tensor, log_probs_other: Tensor) -> Tensor:
-    # F.kl_div takes 0 · log 0 as 0, which a class that a model rules out needs.
-    return F.kl_div(log_probs_other, probs, reduction="none").sum(-1)
+def _kl(log_probs: Tensor, log_probs_other: Tensor) -> Tensor:
+    """Σ p · (log p − log q), where a class of probability 0 adds 0, to the value and to the gradient."""
+    probs = log_probs.exp()
+    return (probs * torch.where(probs > 0, log_probs - log_probs_other, torch.zeros_like(probs))).sum(-1)

@@ -1,0 +1,15 @@
+import pytest
+from fairseq_runs import preprocess, write_corpus
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "raw"
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(raw, tmp_path_factory):
+    """A binarised translation corpus, a → b."""
+    return preprocess(raw, tmp_path_factory.mktemp("bin"), "-s", "a", "-t", "b")

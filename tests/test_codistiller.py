@@ -1,0 +1,372 @@
+"""Who teaches when: a codistiller alone, with peers in memory, in threads, and with the ranks of a group."""
+
+import dataclasses
+import multiprocessing
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from fairseq_codistill.codistiller import AlphaSchedule, Codistiller
+from fairseq_codistill.exchange import Exchange, MemoryStore, Run, open_store
+from fairseq_codistill.snapshot import copy_of, fingerprint
+from fairseq_codistill.topology import edges_of
+from fairseq_runs import free_port
+from torch import nn
+
+CONSTANT = AlphaSchedule("constant", 0.5)
+
+
+class Model(nn.Module):
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.layer = nn.utils.weight_norm(nn.Linear(2, 2, bias=False))  # its `weight` is no leaf and refuses deepcopy
+        self.dropout = nn.Dropout(0.5)
+        self.bias = nn.Parameter(torch.full((2,), float(value)))
+
+    def forward(self, x):
+        return self.dropout(self.layer(x)) + self.bias
+
+
+def codistiller(store, peer, peers=2, model=None, join=True, topology="all", **settings):
+    settings = {"interval": 4, "schedule": CONSTANT, **settings}
+    one = Codistiller(peer, peers, exchange=Exchange(store, peer), edges=edges_of(topology, peers), **settings)
+    if join:
+        one.join(Run(peers, None, None))
+        one.begin_epoch(1, model or Model(peer))
+    return one
+
+
+def train(one, updates, start=0):
+    """Ask for each update in turn; the teaching of each."""
+    return [one.teaching(update) for update in range(start, updates)]
+
+
+def biases(teaching):
+    return [peer.bias[0].item() for peer in teaching.peers]
+
+
+def test_a_peer_teaches_from_its_first_snapshot_on():
+    store = MemoryStore()
+    me, other = codistiller(store, 0), codistiller(store, 1)
+    train(other, 5)
+    assert me.teaching(0).staleness == -4, "it is ahead of me"
+    other_late = codistiller(MemoryStore(), 0)
+    assert train(other_late, 9) == [None] * 9, "nobody is there"
+
+
+def test_a_snapshot_of_update_zero_does_not_teach():
+    store = MemoryStore()
+    me, other = codistiller(store, 0), codistiller(store, 1)
+    for update in range(5):
+        mine, theirs = me.teaching(update), other.teaching(update)
+    assert mine is None and theirs.staleness == 0, "peer 1 asked after peer 0 had published update 4"
+    assert [one.teaching(5) is not None for one in (me, other)] == [False, True]
+
+
+def test_the_peer_is_frozen_stale_and_in_eval_mode():
+    store, theirs = MemoryStore(), Model(3.0)
+    me, other = codistiller(store, 0), codistiller(store, 1, model=theirs)
+    train(other, 5)
+    with torch.no_grad():
+        theirs.bias.fill_(9.0)  # it trains on; I do not see that before the next exchange
+    teaching = me.teaching(0)
+    (peer,) = teaching.peers
+    assert biases(teaching) == [3.0] and not peer.training and not any(p.requires_grad for p in peer.parameters())
+    ((who, output),) = teaching.outputs({"x": torch.ones(1, 2)})
+    assert who is peer and not output.requires_grad
+    torch.testing.assert_close(output, theirs.eval()(torch.ones(1, 2)) - 6.0)
+    for update in range(5, 9):
+        other.teaching(update)
+    assert biases(me.teaching(3)) == [3.0] and biases(me.teaching(4)) == [9.0]
+
+
+def test_micro_batches_and_re_runs_exchange_once():
+    store = MemoryStore()
+    me, writes = codistiller(store, 0), []
+    write = store.write
+    store.write = lambda name, *args, **kwargs: writes.append(name) or write(name, *args, **kwargs)
+    for update in (0, 0, 1, 1, 2, 3, 4, 4, 4, 5):
+        me.teaching(update)
+    assert [name for name in writes if name.endswith("latest.json")] == ["peer0/latest.json"] * 2
+    assert me.exchange.newest(0).update == 4
+
+
+def test_alpha_burn_in_and_epochs():
+    store = MemoryStore()
+    schedule = AlphaSchedule("exponential", 1.0, gamma=2.0, burn_in=6)
+    me, other = codistiller(store, 0, schedule=schedule), codistiller(store, 1)
+    train(other, 5)
+    assert train(me, 6) == [None] * 6
+    assert me.teaching(6).alpha == 1.0
+    me.begin_epoch(3, me._model)
+    assert me.teaching(7).alpha == 4.0
+
+
+def test_a_stale_snapshot_stops_teaching_and_a_fresh_one_resumes():
+    store = MemoryStore()
+    me, other = codistiller(store, 0, max_staleness=3), codistiller(store, 1)
+    train(other, 5)
+    assert [teaching is not None for teaching in train(me, 10)] == [True] * 8 + [False] * 2
+    train(other, 9, start=5)
+    assert me.teaching(10) is None, "an exchange is due at update 12"
+    assert me.teaching(12) is None, "the newest is of update 8, so 4 old"
+    train(other, 13, start=9)
+    assert me.teaching(16) is None and me.teaching(17) is None
+    train(other, 21, start=13)
+    assert me.teaching(20).staleness == 0
+
+
+def test_all_ring_and_their_models():
+    store = MemoryStore()
+    ones = [codistiller(store, i, peers=3, topology="ring") for i in range(3)]
+    for update in range(6):
+        taught = [one.teaching(update) for one in ones]
+    assert [biases(teaching) if teaching else None for teaching in taught] == [None, [0.0], [1.0]]
+    for update in range(6, 10):
+        taught = [one.teaching(update) for one in ones]
+    assert [biases(teaching) for teaching in taught] == [[2.0], [0.0], [1.0]]
+
+
+def test_peers_in_their_own_precision():
+    store = MemoryStore()
+    me, other = codistiller(store, 0, peer_dtype=torch.bfloat16), codistiller(store, 1, model=Model(1.0))
+    train(other, 5)
+    teaching = me.teaching(0)
+    assert {p.dtype for p in teaching.peers[0].parameters()} == {torch.bfloat16}
+    ((_, output),) = teaching.outputs({"x": torch.ones(1, 2)})
+    assert output.dtype == torch.bfloat16 and me._model.bias.dtype == torch.float32
+
+
+def test_holding_a_peer_draws_no_random_numbers_and_leaves_my_model_alone():
+    store, mine = MemoryStore(), Model()
+    me, other = codistiller(store, 0, model=mine), codistiller(store, 1)
+    train(other, 5)
+    mine(torch.ones(1, 2)).sum().backward()
+    gradient, state = mine.bias.grad.clone(), torch.get_rng_state()
+    (peer,) = me.teaching(0).peers
+    list(me.teaching(0).outputs({"x": torch.ones(1, 2)}))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert mine.training and mine.bias.requires_grad and torch.equal(mine.bias.grad, gradient) and peer.bias.grad is None
+
+
+BROKEN = {
+    "truncated": lambda data: data[:-10],
+    "a bit flipped": lambda data: data[:60] + bytes([data[60] ^ 4]) + data[61:],
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_corrupt_snapshot_is_refused_once_and_training_goes_on(how, caplog):
+    store = MemoryStore()
+    me, other = codistiller(store, 0), codistiller(store, 1, model=Model(3.0))
+    train(other, 5)
+    assert biases(me.teaching(0)) == [3.0]
+    train(other, 9, start=5)
+    name = "peer1/u000000008.safetensors"
+    store.write(name, BROKEN[how](store.read(name, 10**6)))
+    held = train(me, 12, start=1)
+    assert all(biases(teaching) == [3.0] for teaching in held), "it keeps what it holds"
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "peer 1: its snapshot is refused" in warnings[0] and "goes on" in warnings[0]
+    train(other, 13, start=9)
+    assert me.teaching(12).staleness == 0, "and takes the next good one"
+
+
+@pytest.mark.parametrize("manifest", [b"{}", b"\x00", b'{"format": 1, "file": "../../x"}'])
+def test_a_hostile_manifest_costs_only_its_teaching(manifest, caplog):
+    store = MemoryStore()
+    me = codistiller(store, 0)
+    store.write("peer1/latest.json", manifest)
+    assert train(me, 9) == [None] * 9 and "its snapshot is refused: the manifest" in caplog.text
+
+
+def test_a_model_of_another_architecture_is_refused(caplog):
+    store = MemoryStore()
+    other = codistiller(store, 1, model=nn.Linear(3, 3))
+    train(other, 5)
+    assert codistiller(store, 0).teaching(0) is None and "all peers must have the same model" in caplog.text
+
+
+def test_a_failing_store_and_a_diverged_model_are_only_warnings(caplog):
+    store, mine = MemoryStore(), Model()
+    me = codistiller(store, 0, model=mine)
+    me.teaching(0)
+    write, store.write = store.write, _full
+    me.teaching(4)
+    assert "update 4 was not published: No space left on device; training goes on" in caplog.text
+    store.write = write
+    with torch.no_grad():
+        mine.bias.fill_(float("nan"))
+    me.teaching(8)
+    assert "update 8 was not published: 'bias' has values that are not finite" in caplog.text
+    assert me.exchange.newest(0).update == 0
+
+
+def _full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_the_last_weights_are_published_and_a_slower_peer_still_has_a_teacher():
+    store, last = MemoryStore(), Model(1.0)
+    other = codistiller(store, 1, model=last)
+    train(other, 6)
+    with torch.no_grad():
+        last.bias.fill_(5.0)
+    other.end(completed=True)
+    manifest = other.exchange.newest(1)
+    assert manifest.update == 6 and manifest.done
+    assert biases(codistiller(store, 0).teaching(0)) == [5.0]
+
+
+def test_a_failed_training_publishes_nothing_more():
+    store = MemoryStore()
+    other = codistiller(store, 1)
+    train(other, 6)
+    other.end(completed=False)
+    assert other.exchange.newest(1).update == 4 and not other.exchange.newest(1).done
+    codistiller(store, 1)  # its index is free again
+
+
+def test_wait_at_the_start():
+    """The first snapshots are awaited, but no longer than asked; `sleep` stands for the other peer's progress."""
+    store = MemoryStore()
+    other, naps = codistiller(store, 1, join=False), []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            other.join(Run(2, None, None))
+            other.begin_epoch(1, Model())
+            train(other, 5)
+
+    me = codistiller(store, 0, wait=60.0, sleep=nap)
+    assert me.teaching(0) is not None and len(naps) == 3
+    assert codistiller(MemoryStore(), 0, wait=0.0, sleep=naps.append).teaching(0) is None and len(naps) == 3
+
+
+def test_nobody_comes_and_the_wait_ends(caplog):
+    assert codistiller(MemoryStore(), 0, wait=0.01).teaching(0) is None
+    assert "peer 1 has not appeared in memory within 0.01 s (--codistill-wait); training starts without it" in caplog.text
+
+
+def test_a_resumed_peer_takes_the_newest_at_once():
+    store = MemoryStore()
+    other = codistiller(store, 1)
+    train(other, 13)
+    resumed = codistiller(store, 0, model=Model())
+    assert resumed.teaching(10).staleness == -2, "update 10 is between two exchanges, but it holds nobody yet"
+
+
+def test_frozen_teachers_and_controls_need_no_exchange():
+    frozen = Codistiller(0, 1, CONSTANT, frozen=[Model(7.0)])
+    frozen.begin_epoch(1, Model())
+    assert biases(frozen.teaching(0)) == [7.0] and frozen.teaching(0).staleness == 0
+    control = Codistiller(0, 1, dataclasses.replace(CONSTANT, burn_in=2), needs_peers=False)
+    control.begin_epoch(1, Model())
+    assert control.teaching(1) is None and control.teaching(2).alpha == 0.5 and not control.teaching(2).peers
+
+
+# Lockstep.
+
+
+def in_lockstep(store, peers, updates, topology="ring", seen=None, **settings):
+    """Peers as threads; each adds its update number to its bias, so that whose weights are held can be read off."""
+    seen = {} if seen is None else seen
+
+    def run(i):
+        model = Model()
+        one = codistiller(store, i, peers, model=model, topology=topology, lockstep=True, wait=60.0, **settings)
+        for update in range(updates[i]):
+            teaching = one.teaching(update)
+            seen[i, update] = (biases(teaching), teaching.staleness) if teaching else None
+            with torch.no_grad():
+                model.bias.fill_(100 * i + update + 1)
+        one.end(completed=True)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(peers)]
+    [thread.start() for thread in threads]
+    [thread.join(120) for thread in threads]
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    return seen
+
+
+def test_lockstep_holds_the_snapshot_of_the_same_update():
+    seen = in_lockstep(MemoryStore(), 3, [14] * 3)
+    for i in range(3):
+        for update in range(14):
+            exchange, teacher = update - update % 4, (i - 1) % 3
+            expected = ([100.0 * teacher + exchange], update - exchange) if exchange else None
+            assert seen[i, update] == expected, (i, update)
+
+
+def test_lockstep_does_not_wait_for_a_peer_that_has_finished():
+    seen = in_lockstep(MemoryStore(), 2, [14, 6], topology="all")
+    assert seen[0, 13] == ([106.0], 7.0), "peer 1 ended after 6 updates; its last weights go on teaching"
+
+
+def test_lockstep_gives_up_on_a_dead_peer(caplog):
+    store = MemoryStore()
+    me = codistiller(store, 0, lockstep=True, wait=0.01)
+    assert train(me, 9) == [None] * 9
+    assert "lockstep is broken: no snapshot of update 4 has come in time" in caplog.text
+
+
+def test_lockstep_keeps_what_a_learner_would_need_to_resume():
+    """Peer 1 saved no checkpoint: everything is kept. It saves one, twice: what lies before the first may go."""
+    store = MemoryStore()
+    ones = [codistiller(store, i, lockstep=True, wait=60.0) for i in range(2)]
+
+    def step(one, update):
+        thread = threading.Thread(target=one.teaching, args=(update,))
+        thread.start()
+        return thread
+
+    def run(start, stop):
+        for update in range(start, stop):
+            [thread.join(60) for thread in [step(one, update) for one in ones]]
+
+    run(0, 21)
+    kept = [name for name in store.names("peer0") if name.endswith(".safetensors")]
+    assert len(kept) == 6
+    ones[1].checkpointed()  # at update 21
+    run(21, 29)
+    ones[1].checkpointed()  # at update 29: should it die while writing this one, it resumes from 21
+    run(29, 41)
+    kept = [name for name in store.names("peer0") if name.endswith(".safetensors")]
+    assert kept[0] == "u000000020.safetensors"
+
+
+# A group: only rank 0 touches the exchange, and all hold the same.
+
+
+def _rank(rank, port, path, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    store = open_store(path)
+    if rank == 1:  # it could not read the exchange if it tried
+        store.read = store.write = store.claim = None
+    one = codistiller(store, 0, model=Model())
+    held = []
+    for update in range(9):
+        teaching = one.teaching(update)
+        held.append((biases(teaching), teaching.staleness) if teaching else None)
+        if update in (3, 7) and rank == 0:
+            theirs = Model(update)
+            facts = dict(epoch=1, fingerprint=fingerprint(theirs), model={}, time=0.0)
+            Exchange(open_store(path), 1).publish(copy_of(theirs), update + 1, **facts)
+        dist.barrier()
+    results.put((rank, held))
+    dist.destroy_process_group()
+
+
+def test_all_ranks_of_a_group_hold_the_same(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    results, port = context.Queue(), free_port()
+    ranks = [context.Process(target=_rank, args=(rank, port, str(tmp_path / "x"), results)) for rank in range(2)]
+    [rank.start() for rank in ranks]
+    held = dict(results.get(timeout=120) for _ in ranks)
+    [rank.join(60) for rank in ranks]
+    assert held[0] == held[1]
+    assert held[0] == [None] * 4 + [([3.0], 0.0), ([3.0], 1.0), ([3.0], 2.0), ([3.0], 3.0), ([7.0], 0.0)]

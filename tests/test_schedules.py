@@ -1,0 +1,39 @@
+import pytest
+from fairseq_codistill.schedules import alpha_at, weight_decay_at
+
+SODHANI_STEPS = dict(alpha=1.0, step=0.5, milestones=(15, 30, 40))
+
+# (schedule, settings, {epoch: α}) at the boundaries
+TABLE = [
+    ("constant", dict(alpha=0.7), {1: 0.7, 2: 0.7, 1000: 0.7}),
+    # Sodhani et al., translation: γ = 1.1 for each epoch.
+    ("exponential", dict(alpha=1.0, gamma=1.1), {1: 1.0, 2: 1.1, 3: 1.21, 26: 1.1**25}),
+    ("exponential", dict(alpha=0.1, gamma=1.5), {1: 0.1, 2: 0.15, 26: 0.1 * 1.5**25}),
+    ("exponential", dict(alpha=1.0, gamma=1.0), {1: 1.0, 50: 1.0}),
+    ("exponential", dict(alpha=1.0, gamma=1.1, maximum=2.0), {7: 1.1**6, 8: 1.1**7, 9: 2.0, 10**6: 2.0}),
+    # Sodhani et al., ImageNet: + 0.5 at each decay of the learning rate, after epochs 15, 30 and 40.
+    ("stepwise", SODHANI_STEPS, {1: 1.0, 15: 1.0, 16: 1.5, 30: 1.5, 31: 2.0, 40: 2.0, 41: 2.5, 45: 2.5}),
+    ("stepwise", dict(alpha=1.0, step=0.5, milestones=(2.5,)), {2: 1.0, 3: 1.5}),
+    ("stepwise", dict(SODHANI_STEPS, maximum=1.75), {15: 1.0, 16: 1.5, 31: 1.75}),
+]
+
+
+@pytest.mark.parametrize("schedule, settings, expected", TABLE)
+def test_alpha_at_the_boundaries(schedule, settings, expected):
+    for epoch, alpha in expected.items():
+        assert alpha_at(schedule, epoch, 10**9, **settings) == pytest.approx(alpha), f"epoch {epoch}"
+
+
+def test_burn_in_is_counted_in_updates():
+    values = {update: alpha_at("constant", 3, update, alpha=1.0, burn_in=100) for update in (0, 99, 100, 101)}
+    assert values == {0: 0.0, 99: 0.0, 100: 1.0, 101: 1.0}
+
+
+def test_a_very_long_run_does_not_overflow():
+    assert alpha_at("exponential", 10**6, 1, alpha=1.0, gamma=1.5) < float("inf")
+
+
+def test_weight_decay_at_the_boundaries():
+    """Sodhani et al.: 1e-4, from the first decay of the learning rate (after epoch 18) 1e-5, from the second (38) 0."""
+    at = {epoch: weight_decay_at(epoch, (18, 38), (1e-4, 1e-5, 0.0)) for epoch in (1, 18, 19, 38, 39, 45)}
+    assert at == {1: 1e-4, 18: 1e-4, 19: 1e-5, 38: 1e-5, 39: 0.0, 45: 0.0}

@@ -1,0 +1,217 @@
+import dataclasses
+import json
+import math
+import struct
+
+import pytest
+import torch
+from fairseq_codistill.snapshot import (
+    BadSnapshot,
+    Manifest,
+    check_manifest,
+    checksum,
+    copy_of,
+    decode,
+    describe,
+    encode,
+    fingerprint,
+    tensors_of,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+
+class Model(nn.Module):
+    """Tied weights, buffers, integers, an empty tensor and a plain one: what fairseq's models have."""
+
+    def __init__(self, seed=0, width=3):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding = nn.Embedding(5, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.output = nn.Linear(width, 5, bias=False)
+        self.output.weight = self.embedding.weight
+        self.register_buffer("version", torch.tensor([3.0]))
+        self.register_buffer("empty", torch.zeros(0))
+
+
+FACTS = dict(epoch=2, model={"class": "Model"}, time=1.5e9, valid_loss=4.2, resumes_from=0, done=False)
+
+
+def snapshot(model, update=7):
+    weights = copy_of(model)
+    data = encode(weights)
+    return data, describe(weights, data, update, fingerprint=fingerprint(model), **FACTS)
+
+
+def test_what_is_written_is_read_back_to_the_bit():
+    model, mine = Model(1), Model(2)
+    data, manifest = snapshot(model)
+    read = Manifest.from_json(manifest.to_json())
+    assert read == manifest and read.file == "u000000007.safetensors" and read.dtype == "float32"
+    check_manifest(read, fingerprint(mine), tensors_of(mine))
+    weights = decode(data, read, tensors_of(mine))
+    assert weights.keys() == tensors_of(model).keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in tensors_of(model).items())
+
+
+def test_tied_tensors_travel_once():
+    names = set(tensors_of(Model()))
+    assert "embedding.weight" in names and "output.weight" not in names
+    assert {"norm.running_mean", "norm.num_batches_tracked", "version", "empty"} <= names
+
+
+def test_the_copy_is_a_copy():
+    model = Model()
+    weights = copy_of(model)
+    before = weights["embedding.weight"].clone()
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+    assert torch.equal(weights["embedding.weight"], before)
+
+
+def test_the_fingerprint_knows_shapes_and_not_precision():
+    assert fingerprint(Model(1)) == fingerprint(Model(2)) == fingerprint(Model(1).half())
+    assert fingerprint(Model(width=4)) != fingerprint(Model(width=3))
+
+
+def test_another_precision_is_read():
+    data, manifest = snapshot(Model(1).bfloat16())
+    weights = decode(data, manifest, tensors_of(Model()))
+    assert manifest.dtype == "bfloat16" and weights["embedding.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(poison):
+    model = Model()
+    with torch.no_grad():
+        model.norm.weight[0] = poison
+    with pytest.raises(BadSnapshot, match="'norm.weight' has values that are not finite"):
+        encode(copy_of(model))
+    from safetensors.torch import save
+
+    data = save(copy_of(model))
+    manifest = describe(copy_of(model), data, 1, fingerprint=fingerprint(model), **FACTS)
+    with pytest.raises(BadSnapshot, match="not finite"):
+        decode(data, manifest, tensors_of(Model()))
+
+
+def forged(change, model=None):
+    """A snapshot whose weights were changed by someone who also made the checksum right."""
+    weights = copy_of(model or Model())
+    change(weights)
+    from safetensors.torch import save
+
+    data = save(weights)
+    return data, describe(weights, data, 1, fingerprint=fingerprint(Model()), **FACTS)
+
+
+def swap(weights):
+    weights["norm.weight"], weights["version"] = weights["version"], weights["norm.weight"]
+
+
+FORGERIES = {
+    "has shape": lambda w: w.update({"norm.weight": torch.ones(4)}),
+    "'norm.weight' stands on one side only": lambda w: w.pop("norm.weight"),
+    "'zzz' stands on one side only": lambda w: w.update(zzz=torch.ones(1)),
+    "is torch.int64, but my model's is torch.float32": lambda w: w.update({"norm.weight": torch.ones(3).long()}),
+    "is torch.float32, but my model's is torch.int64": lambda w: w.update({"norm.num_batches_tracked": torch.tensor(1.0)}),
+    "has shape ": swap,
+}
+
+
+@pytest.mark.parametrize("sentence", FORGERIES)
+def test_a_forged_snapshot_is_refused(sentence):
+    data, manifest = forged(FORGERIES[sentence])
+    with pytest.raises(BadSnapshot, match=sentence):
+        decode(data, manifest, tensors_of(Model()))
+
+
+def test_a_truncated_or_flipped_file_is_refused():
+    data, manifest = snapshot(Model())
+    expected = tensors_of(Model())
+    with pytest.raises(BadSnapshot, match="bytes, but its manifest promises"):
+        decode(data[:-1], manifest, expected)
+    for position in (0, 9, len(data) // 2, len(data) - 1):
+        flipped = bytearray(data)
+        flipped[position] ^= 1
+        with pytest.raises(BadSnapshot, match="checksum"):
+            decode(bytes(flipped), manifest, expected)
+
+
+def test_a_huge_header_does_not_allocate():
+    data, _ = snapshot(Model())
+    for length in (2**63, 2**40, 10**8):
+        huge = struct.pack("<Q", length) + data[8:]
+        manifest = dataclasses.replace(snapshot(Model())[1], bytes=len(huge), checksum=checksum(huge))
+        with pytest.raises(BadSnapshot, match="not a safetensors file"):
+            decode(huge, manifest, tensors_of(Model()))
+
+
+def test_a_manifest_cannot_promise_more_than_the_model_has():
+    manifest = dataclasses.replace(snapshot(Model())[1], bytes=10**12)
+    with pytest.raises(BadSnapshot, match="more than this model can have"):
+        check_manifest(manifest, fingerprint(Model()), tensors_of(Model()))
+    with pytest.raises(BadSnapshot, match="architecture"):
+        check_manifest(snapshot(Model(width=4))[1], fingerprint(Model()), tensors_of(Model()))
+
+
+BAD_FIELDS = {
+    "file": ["../../etc/passwd", "u1.safetensors", "/u000000001.safetensors", "u000000001.safetensors\n", "ü", 7, None],
+    "update": [-1, 10**9, 1.5, True, "1"],
+    "bytes": [-1, 2**80, "big"],
+    "checksum": ["sha256:00", "md5:" + "0" * 64, 0],
+    "time": [math.nan, math.inf, "now"],
+    "valid_loss": [math.nan, "low"],
+    "done": [1, None],
+    "format": [2, None, "1"],
+    "model": [[], None],
+    "fingerprint": ["x" * 1000, 1],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD_FIELDS.items() for value in values])
+def test_a_bad_field_of_a_manifest_is_named(name, value):
+    fields = json.loads(snapshot(Model())[1].to_json())
+    fields[name] = value
+    with pytest.raises(BadSnapshot, match=f"manifest's {name}"):
+        Manifest.from_json(json.dumps(fields).encode())
+
+
+def test_fields_of_a_later_version_are_passed_over():
+    fields = json.loads(snapshot(Model())[1].to_json())
+    assert Manifest.from_json(json.dumps({**fields, "colour": "blue"}).encode()) == snapshot(Model())[1]
+
+
+@given(st.binary(max_size=300) | st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=20).map(
+    lambda value: json.dumps(value).encode()))  # fmt: skip
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_no_bytes_crash_the_manifest(data):
+    with pytest.raises(BadSnapshot):
+        Manifest.from_json(data)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_no_mutation_is_believed_unless_it_is_the_same(data):
+    """Mutated bytes with a forged checksum: refused, or finite tensors of the right names and shapes."""
+    original, manifest = snapshot(Model())
+    mutated = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 4))):
+        mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))
+    mutated = bytes(mutated)[: data.draw(st.integers(1, len(mutated)))]
+    with pytest.raises(BadSnapshot) if mutated != original else _nothing():
+        decode(mutated, manifest, tensors_of(Model()))
+    try:
+        weights = decode(mutated, dataclasses.replace(manifest, bytes=len(mutated), checksum=checksum(mutated)), tensors_of(Model()))
+    except BadSnapshot:
+        return
+    assert all(weights[name].shape == tensor.shape for name, tensor in tensors_of(Model()).items())
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def _nothing():
+    import contextlib
+
+    return contextlib.nullcontext()

@@ -1,0 +1,229 @@
+"""Codistillation in real fairseq processes: exactness, lockstep, resuming, precisions, groups, tasks and architectures."""
+
+import pytest
+import torch
+from fairseq_runs import (
+    CODISTILL,
+    LOCKSTEP,
+    MODEL,
+    PLUGIN,
+    Job,
+    checkpoint,
+    column,
+    command,
+    peer_environment,
+    preprocess,
+    rows,
+    same,
+    start_group,
+    start_peers,
+    taught,
+    train,
+    train_peers,
+    train_words,
+    weights,
+)
+
+# fairseq ≥ 2023 shuffles an epoch's batches by seed and epoch, but keeps the first epoch's for the others unless told
+# otherwise: without this a resumed run, plain or codistilled, sees other batches than one that was never stopped.
+EXACT_RESUME = "--update-epoch-batch-itr True"
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory):
+    """A run of plain cross entropy: its log, and its last checkpoint."""
+    folder = tmp_path_factory.mktemp("plain")
+    return train(data, folder, "--criterion cross_entropy --max-update 8 --dropout 0.2"), folder / "checkpoint_last.pt"
+
+
+def check_equal(log, checkpoint_path, plain):
+    plain_log, plain_checkpoint = plain
+    for name in ("valid_loss", "valid_ppl"):
+        assert column(log, "valid", name) == column(plain_log, "valid", name)
+    for name in ("loss", "ppl", "gnorm"):
+        assert column(log, "train_inner", name) == column(plain_log, "train_inner", name)
+    assert same(weights(checkpoint_path), weights(plain_checkpoint))
+    assert not taught(log)
+
+
+def test_alone_it_is_cross_entropy_to_the_bit(data, tmp_path, plain):
+    log = train(data, tmp_path, CODISTILL, "--max-update 8 --dropout 0.2")
+    check_equal(log, tmp_path / "checkpoint_last.pt", plain)
+    assert log.count("no peers are configured") == 1
+
+
+@pytest.mark.parametrize("nothing", ["--codistill-alpha 0", "--codistill-burn-in 8"])
+def test_without_alpha_it_is_cross_entropy_to_the_bit(data, tmp_path, plain, nothing):
+    log = train_peers(data, tmp_path, LOCKSTEP, nothing, "--max-update 8 --dropout 0.2")[0]
+    check_equal(log, tmp_path / "peer0/checkpoint_last.pt", plain)
+    assert "learning from peer 1" in log, "snapshots are exchanged; they only do not teach yet"
+
+
+def test_two_peers_teach_each_other_and_the_checkpoint_is_plain(data, tmp_path, plain):
+    logs = train_peers(data, tmp_path / "run", LOCKSTEP, "--max-update 12")
+    for log in logs:
+        assert len(taught(log)) == 8, "no snapshot of update 0 teaches; from update 4 on each update is taught"
+        assert column(log, "train_inner", "codistill_staleness") == [0, 1, 2, 3, 0, 1, 2, 3]
+        for row in rows(log, "train_inner")[4:]:
+            assert row["loss"] == pytest.approx(row["nll_loss"] + row["codistill_alpha"] * row["codistill_loss"], abs=2e-3)
+            assert 0 <= row["codistill_agreement"] <= 1
+        assert not any("codistill" in name for row in rows(log, "valid") for name in row)
+    trained, reference = checkpoint(tmp_path / "run/peer0/checkpoint_last.pt"), checkpoint(plain[1])
+    assert trained.keys() == reference.keys() and trained["model"].keys() == reference["model"].keys()
+    assert trained["criterion"] is None and trained["task_state"] == reference["task_state"]
+    assert not same(trained["model"], weights(tmp_path / "run/peer1/checkpoint_last.pt")), "peers stay different models"
+
+    path = ("--path", tmp_path / "run/peer0/checkpoint_last.pt", "--cpu", "--user-dir", PLUGIN)
+    generated = command("fairseq-generate", data, *path, "--max-len-b", 12)
+    assert "Generate test with beam=5: BLEU4" in generated
+    # fairseq-validate builds the checkpoint's own criterion; it must not touch the exchange, and give the plain loss.
+    validated = command("fairseq-validate", data, "--task", "translation", "--max-tokens", 300, *path)
+    nll = column(logs[0], "valid", "valid_nll_loss")[-1]
+    assert f"| nll_loss {nll:g} |" in validated, validated[-2000:]
+
+
+def test_its_nll_is_that_of_cross_entropy(data, tmp_path):
+    """The checkpoint of a codistilled peer, validated by the criterion cross_entropy, has the loss that it logged."""
+    log = train_peers(data, tmp_path, LOCKSTEP, "--max-update 6")[0]
+    state = checkpoint(tmp_path / "peer0/checkpoint_last.pt")
+    state["cfg"]["criterion"] = {"_name": "cross_entropy", "sentence_avg": False}
+    torch.save(state, tmp_path / "plain.pt")
+    path = ["--path", str(tmp_path / "plain.pt"), "--task", "translation", "--max-tokens", "300", "--cpu"]
+    validated = Job(["fairseq-validate", str(data), *path, "--user-dir", str(PLUGIN)]).finish()
+    assert f"| loss {column(log, 'valid', 'valid_loss')[-1]:g} |" in validated, validated[-2000:]
+
+
+def test_a_ring_in_lockstep_repeats_to_the_bit_and_resumes_as_if_never_killed(data, tmp_path):
+    options = (LOCKSTEP, EXACT_RESUME, "--codistill-topology ring --max-update 16 --save-interval-updates 5")
+    for name in ("first", "second"):
+        train_peers(data, tmp_path / name, *options, peers=3)
+    jobs = start_peers(data, tmp_path / "killed", *options, peers=3)
+    jobs[1].wait_for('"num_updates": "11"')
+    for job in jobs:
+        job.kill()
+    logs = train_peers(data, tmp_path / "killed", *options, peers=3)
+    for i in range(3):
+        assert column(logs[i], "train_inner", "num_updates")[0] > 5, "it went on from its checkpoint"
+        first, second, killed = (weights(tmp_path / n / f"peer{i}/checkpoint_last.pt") for n in ("first", "second", "killed"))
+        assert same(first, second)
+        assert same(first, killed)
+
+
+def test_a_dead_peer_costs_only_its_teaching(data, tmp_path):
+    """Peer 1 publishes and ends; peer 0 goes on with what it holds until the staleness guard lets go."""
+    one = Job(train_words(data, tmp_path / "peer1", CODISTILL, "--max-update 4"), peer_environment(1, 2, tmp_path / "x"))
+    one.finish()
+    options = "--max-update 12 --codistill-max-staleness 5 --codistill-wait 60"
+    log = train(data, tmp_path / "peer0", CODISTILL, options, environment=peer_environment(0, 2, tmp_path / "x"))
+    # It takes the snapshot of update 4 at once, so that is ahead of me at first, and 5 updates old at update 9.
+    assert column(log, "train_inner", "codistill_staleness") == [float(update - 4) for update in range(10)]
+    assert column(log, "train_inner", "num_updates")[-1] == 12
+
+
+@pytest.mark.parametrize("mode", ["--amp", "--codistill-peer-dtype bf16 --update-freq 2", "--codistill-peer-dtype fp16"])
+def test_precisions_and_update_freq(data, tmp_path, mode):
+    """--fp16 and --bf16 themselves need a GPU in fairseq; see benchmarks/."""
+    logs = train_peers(data, tmp_path, LOCKSTEP, "--max-update 6", mode)
+    for log in logs:
+        assert len(taught(log)) == 2 and all(0 < loss < 50 for loss in taught(log))
+        assert column(log, "train_inner", "num_updates")[-1] == 6
+        assert log.count("learning from peer") == 1, "one exchange at update 4, whatever the number of micro-batches"
+
+
+def test_two_peers_of_two_ranks(data, tmp_path):
+    """Each peer is a data-parallel group that all_reduces inside; fairseq itself stops where the ranks' gradients differ."""
+    jobs = []
+    for peer in range(2):
+        environment = peer_environment(peer, 2, tmp_path / "exchange")
+        jobs += start_group(data, tmp_path / f"peer{peer}", LOCKSTEP, f"--max-update 12 --seed {1 + peer}", environment=environment)
+    logs = [job.finish() for job in jobs]
+    for leader, follower in (logs[:2], logs[2:]):
+        assert len(taught(leader)) == 8
+        assert leader.count("learning from peer") == 2 and "published update" not in follower
+
+
+def test_the_multi_process_restore_loads_safely(data, tmp_path):
+    """Resuming a group broadcasts the checkpoint through torch.load: it must work without switching the safety off."""
+    for last in (3, 5):
+        logs = [job.finish() for job in start_group(data, tmp_path, CODISTILL, f"--max-update {last}")]
+    assert column(logs[0], "train_inner", "num_updates") == [4, 5]
+
+
+ARCHITECTURES = {
+    "lstm": "--arch lstm --encoder-embed-dim 16 --encoder-hidden-size 16 --decoder-embed-dim 16 --decoder-hidden-size 16 "
+    "--decoder-out-embed-dim 16 --encoder-layers 1 --decoder-layers 1",
+    "fconv": "--arch fconv_iwslt_de_en --encoder-embed-dim 16 --decoder-embed-dim 16 --decoder-out-embed-dim 16 "
+    "--encoder-layers [(16,3)] --decoder-layers [(16,3)]",
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architectures(data, tmp_path, architecture):
+    logs = train_peers(data, tmp_path, LOCKSTEP, "--max-update 6", model=ARCHITECTURES[architecture])
+    assert all(len(taught(log)) == 2 for log in logs)
+
+
+@pytest.mark.parametrize("blocks", ["none", "eos"])
+def test_language_modeling(raw, tmp_path, blocks):
+    data = preprocess(raw, tmp_path / "bin", "--only-source", suffix=".b")
+    model = "--task language_modeling --arch transformer_lm --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --decoder-layers 1 "
+    model += "--decoder-attention-heads 2 --tokens-per-sample 32 --sample-break-mode "
+    model += f"{blocks} --user-dir {PLUGIN}"
+    logs = train_peers(data, tmp_path, LOCKSTEP, "--max-update 6", model=model)
+    assert all(len(taught(log)) == 2 for log in logs)
+    plain = train(data, tmp_path / "plain", "--criterion cross_entropy --max-update 3", model=model)
+    assert column(plain, "train_inner", "ppl") == column(logs[0], "train_inner", "ppl")[:3]
+
+
+@pytest.fixture(scope="module")
+def two_directions(raw, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pairs")
+    preprocess(raw, out / "joined", "-s", "a", "-t", "b", "--joined-dictionary")
+    dictionary = str(out / "joined/dict.a.txt")
+    for source, target in (("a", "b"), ("b", "a")):
+        preprocess(raw, out, "-s", source, "-t", target, "--srcdict", dictionary, "--tgtdict", dictionary)
+    return out
+
+
+def test_multilingual_translation(two_directions, tmp_path):
+    model = MODEL.replace("transformer_iwslt_de_en", "multilingual_transformer_iwslt_de_en")
+    task = "--task multilingual_translation --lang-pairs a-b,b-a"
+    logs = train_peers(two_directions, tmp_path, LOCKSTEP, "--max-update 6", task, model=model)
+    assert all(len(taught(log)) == 2 for log in logs)
+
+
+def test_translation_multi_simple_epoch(two_directions, tmp_path):
+    task = "--task translation_multi_simple_epoch --lang-pairs a-b,b-a --langs a,b --encoder-langtok tgt"
+    logs = train_peers(two_directions, tmp_path, LOCKSTEP, "--max-update 6", task)
+    assert all(len(taught(log)) == 2 for log in logs)
+
+
+def test_hydra_train(data, tmp_path):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/tiny.yaml").write_text(HYDRA)
+    jobs = []
+    for peer in range(2):
+        words = ["fairseq-hydra-train", "--config-dir", str(tmp_path / "config"), "--config-name", "tiny", f"task.data={data}"]
+        words += [f"common.user_dir={PLUGIN}", f"common.seed={1 + peer}", f"checkpoint.save_dir={tmp_path}/peer{peer}"]
+        words += [f"hydra.run.dir={tmp_path}/hydra{peer}"]
+        jobs.append(Job(words, peer_environment(peer, 2, tmp_path / "exchange"), cwd=tmp_path))
+    for job in jobs:
+        job.finish()
+    for peer in range(2):
+        log = (tmp_path / f"hydra{peer}/hydra_train.log").read_text()
+        assert len(taught(log.replace("[train_inner][INFO] - ", "| train_inner | "))) == 2, log[-2000:]
+
+
+HYDRA = """
+# @package _group_
+common: {cpu: true, log_format: json, log_interval: 1}
+task: {_name: translation, data: ???}
+criterion: {_name: codistill_ce, codistill_interval: 4, codistill_loss: ce, codistill_sync: true, codistill_wait: 120}
+dataset: {max_tokens: 300}
+optimization: {max_update: 6, lr: [0.003]}
+optimizer: {_name: adam}
+lr_scheduler: {_name: fixed}
+model: {_name: transformer, encoder: {embed_dim: 32, ffn_embed_dim: 64, layers: 1, attention_heads: 2},
+  decoder: {embed_dim: 32, ffn_embed_dim: 64, layers: 1, attention_heads: 2}}
+checkpoint: {no_epoch_checkpoints: true}
+"""

@@ -1,0 +1,563 @@
+"""codistill-launch: what each peer is told, how its log is read, and that nothing outlives the launcher.
+
+The peers here are tiny scripts that print what fairseq prints; they show by files how far they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fairseq_codistill import launch
+
+# As the console command does it; the second argument says whether to take the terminal at stdin as one's own.
+LAUNCH = """
+import fcntl, sys, termios
+terminal = sys.argv.pop(1) == "terminal"
+if terminal:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+sys.argv[0] = "codistill-launch"
+from fairseq_codistill.launch import main
+sys.exit(main())
+"""
+TRAINING = """
+log("train", "{'optimization': {'_name': None, 'max_epoch': 0, 'max_update': 100, 'stop_time_hours': 0.0}}")
+log("train_inner", json.dumps({"epoch": 2, "update": 1.5, "loss": "7.1", "nll_loss": "6.1", "num_updates": "50",
+    "ups": "5", "codistill_alpha": "1.1", "codistill_staleness": "25", "codistill_agreement": "0.5"}))
+log("valid", json.dumps({"epoch": 2, "valid_loss": "5.5", "valid_nll_loss": "4.5", "valid_num_updates": "100"}))
+"""
+CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Puts stand-ins for fairseq's commands on PATH, which note argv and environment; call it with what they do."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in [name for name in os.environ if name.startswith(("CODISTILL_", "SLURM_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(Path(launch.__file__).parents[1]), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+
+    def write(body: str = "") -> None:
+        lines = [
+            f"#!{sys.executable} -S",
+            "import json, os, pathlib, signal, subprocess, sys, time",
+            "me, restart = int(os.environ['CODISTILL_PEER']), int(os.environ['CODISTILL_RESTART'])",
+            f"here = pathlib.Path({str(tmp_path)!r})",
+            "def log(name, text): print('2025-11-21 00:00:00 | INFO |', name, '|', text)",
+            "def write(name, text=''):",
+            "    (here / (name + '~')).write_text(str(text))",
+            "    (here / (name + '~')).rename(here / name)",
+            "def wait_for_end(peer):",
+            "    pid = here / f'pid{peer}'",
+            "    while not pid.exists() or os.path.exists(f'/proc/{pid.read_text()}'): time.sleep(0.01)",
+            "write(f'start{me}.{restart}', json.dumps({'argv': sys.argv[1:], 'env': dict(os.environ)}))",
+        ]
+        for name in ("fairseq-train", "fairseq-hydra-train"):
+            (folder / name).write_text("\n".join(lines) + "\n" + body)
+            (folder / name).chmod(0o755)
+
+    write()
+    return write
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended and waits to be reaped does not."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def until(condition, seconds: float = 30.0):
+    """Wait for something another process does; its value."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"{condition} did not come true in {seconds} s")
+
+
+def pids_of(folder: Path, count: int) -> list:
+    """The pids that `count` processes have written into files pid*, as soon as all have."""
+
+    def written() -> list:
+        return [int(path.read_text()) for path in folder.glob("pid*[!~]")]
+
+    until(lambda: len(written()) == count)
+    return written()
+
+
+def commands(*command: str, peers: int = 2, options: tuple = ()) -> list:
+    plan = launch.make_plan(["--peers", str(peers), *options, "--", *command], os.environ)
+    return [" ".join(peer.command) for peer in plan.peers]
+
+
+# ---------------------------------------------------------------------------------------------- what each peer runs
+
+
+@pytest.mark.parametrize(
+    "given_command, second",
+    [
+        ("fairseq-train D", "fairseq-train D --save-dir checkpoints/peer1 --seed 10000001 --log-format json"),
+        (
+            "fairseq-train D --save-dir X --seed 3 --lr 1",
+            "fairseq-train D --lr 1 --save-dir X/peer1 --seed 10000003 --log-format json",
+        ),
+        (
+            "fairseq-train --save-dir=X D --seed=3",
+            "fairseq-train D --save-dir X/peer1 --seed 10000003 --log-format json",
+        ),
+        (
+            "fairseq-train D --save-dir W --log-format simple --save-dir=X",
+            "fairseq-train D --log-format simple --save-dir X/peer1 --seed 10000001",
+        ),
+        (
+            "nice -n 10 fairseq-train D --save-dir X",
+            "nice -n 10 fairseq-train D --save-dir X/peer1 --seed 10000001 --log-format json",
+        ),
+        (
+            f"{sys.executable} -m fairseq_cli.train D --save-dir X",
+            f"{sys.executable} -m fairseq_cli.train D --save-dir X/peer1 --seed 10000001 --log-format json",
+        ),
+        (
+            "fairseq-hydra-train --config-name c checkpoint.save_dir=X common.seed=3 task.data=D --config-dir d",
+            "fairseq-hydra-train --config-name c task.data=D checkpoint.save_dir=X/peer1 common.seed=10000003"
+            " common.log_format=json common.reset_logging=true --config-dir d",
+        ),
+        (
+            "fairseq-hydra-train ++checkpoint.save_dir='X' +common.log_format=simple common.reset_logging=false",
+            "fairseq-hydra-train common.log_format=simple common.reset_logging=false"
+            " checkpoint.save_dir=X/peer1 common.seed=10000001",
+        ),
+        (
+            "fairseq-hydra-train --config-name c",
+            "fairseq-hydra-train --config-name c checkpoint.save_dir=checkpoints/peer1 common.seed=10000001"
+            " common.log_format=json common.reset_logging=true",
+        ),
+        ("env OTHER=1 true --save-dir X --seed 3", "env OTHER=1 true --save-dir X --seed 3"),
+    ],
+)
+def test_each_spelling_of_the_command(programs, given_command: str, second: str) -> None:
+    words = given_command.split()
+    if "+common.log_format=simple" in words:
+        second = second.replace(" common.log_format", " +common.log_format", 1)
+    assert commands(*words)[1] == second
+
+
+def test_an_odd_path_is_quoted_for_hydra(programs) -> None:
+    first = commands("fairseq-hydra-train", "checkpoint.save_dir='a b/it=1'")[0]
+    assert "checkpoint.save_dir='a b/it=1/peer0'" in first
+
+
+def test_without_separator_and_with_the_commands_own(programs) -> None:
+    plan = launch.make_plan("--peers 1 env -- fairseq-train D".split(), {})
+    assert plan.peers[0].command[:4] == ["env", "--", "fairseq-train", "D"]
+
+
+def test_environment(programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+
+    def environs(command: str, environ: dict) -> list:
+        return [peer.environ for peer in launch.make_plan(["--peers", "3", "--", *command.split()], environ).peers]
+
+    second = environs("fairseq-train D --save-dir X", {})[1]
+    assert second == {
+        "CODISTILL_PEER": "1",
+        "CODISTILL_PEERS": "3",
+        "CODISTILL_DIR": str(tmp_path / "X" / "exchange"),
+        "OMP_NUM_THREADS": "2",
+        "PYTHONUNBUFFERED": "1",
+    }
+    assert environs("fairseq-train D", {})[2]["CODISTILL_PEER"] == "2"
+    assert "CODISTILL_DIR" not in environs("fairseq-train D --codistill-dir s3://b/x", {})[0]
+    assert "CODISTILL_DIR" not in environs("fairseq-hydra-train criterion.codistill_dir=s3://b/x", {})[0]
+    assert "CODISTILL_DIR" not in environs("fairseq-train D", {"CODISTILL_DIR": "mine"})[0]
+    assert "OMP_NUM_THREADS" not in environs("fairseq-train D", {"OMP_NUM_THREADS": "7"})[0]
+
+
+@pytest.mark.parametrize(
+    "count, visible, peers, options, expected",
+    [
+        (4, None, 2, (), ["0,1", "2,3"]),
+        (5, None, 2, (), ["0,1", "2,3"]),
+        (4, "4,5,6,7", 2, (), ["4,5", "6,7"]),
+        (2, "GPU-aa, GPU-bb", 2, (), ["GPU-aa", "GPU-bb"]),
+        (2, "3,1,-1,0", 2, (), ["3", "1"]),  # CUDA stops at the first name it does not know
+        (2, None, 3, (), ["0", "1", "0"]),
+        (4, None, 2, ("--gpus-per-peer", "1"), ["0", "1"]),
+        (4, None, 2, ("--gpus-per-peer", "0"), ["", ""]),
+        (0, None, 2, (), [None, None]),
+    ],
+)
+def test_gpus_are_shared(programs, monkeypatch, count, visible, peers, options, expected) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    plan = launch.make_plan(["--peers", str(peers), *options, "--", "fairseq-train", "D"], os.environ)
+    assert [peer.environ.get("CUDA_VISIBLE_DEVICES") for peer in plan.peers] == expected
+    assert any("share 2 GPUs" in note for note in plan.notes) == (peers == 3)
+
+
+def test_peers_of_a_slurm_job_do_not_meet_at_one_port(programs, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert not any("distributed" in command for command in commands("fairseq-train", "D"))
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    ports = [
+        re.findall(r"--distributed-init-method tcp://localhost:(\d+)", one) for one in commands("fairseq-train", "D")
+    ]
+    assert len(ports[0]) == len(ports[1]) == 1 and ports[0] != ports[1]
+    assert "distributed_training.distributed_init_method=tcp://localhost:" in commands("fairseq-hydra-train", "a=b")[0]
+    assert not any("init-method" in one for one in commands("fairseq-train", "D", "--distributed-port", "1"))
+    assert not any("init-method" in one for one in commands("fairseq-train", "D", peers=4))
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        ("--peers 0 -- fairseq-train D", "--peers must be at least 1, but is 0."),
+        ("--peers two -- fairseq-train D", "argument --peers: invalid int value: 'two'"),
+        ("-- fairseq-train D", "the following arguments are required: --peers"),
+        ("--peers 2", "a command must follow `--`, but there is none; did you forget it"),
+        ("--peers 2 --", "a command must follow `--`, but there is none; did you forget it"),
+        ("--peers 2 -- fairseq-trian D", "'fairseq-trian' is not; did you forget to activate its environment?"),
+        ("--peers 2 --restarts 3 -- fairseq-train D", "unrecognized arguments: --restarts"),
+        ("--peers 2 --max-restarts -1 -- fairseq-train D", "--max-restarts must not be negative, but is -1."),
+        ("--peers 2 --grace -1 -- fairseq-train D", "--grace must not be negative, but is -1.0."),
+        ("--peers 2 --gpus-per-peer -1 -- fairseq-train D", "--gpus-per-peer must not be negative, but is -1."),
+        (
+            "--peers 2 --gpus-per-peer 3 -- fairseq-train D",
+            "--gpus-per-peer 3 with --peers 2 needs 6 GPUs, but there are 0",
+        ),
+        ("--peers 2 -- fairseq-train D --codistill-peer 1", "--codistill-peer must not be in the command"),
+        ("--peers 2 -- fairseq-train D --codistill-peers=2", "--codistill-peers must not be in the command"),
+        ("--peers 2 -- fairseq-hydra-train criterion.codistill_peers=2", "criterion.codistill_peers must not be"),
+        ("--peers 2 -- fairseq-train D --save-dir", "--save-dir must have a value, but none follows it."),
+        ("--peers 2 -- fairseq-train D --save-dir --seed 1", "--save-dir must have a value, but none follows it."),
+        ("--peers 2 -- fairseq-train D --seed one", "--seed must be a whole number"),
+        ("--peers 500 -- fairseq-train D", "--seed must be a whole number, below 2**32 with 10000000 more"),
+        ("--peers 2 -- fairseq-train D --save-dir file/x", "--save-dir must be writable, but 'file/x/peer0/train.log'"),
+        ("--peers 2 --log-dir file -- env", "--log-dir must be writable, but 'file/peer0/train.log'"),
+    ],
+)
+def test_bad_input_is_one_sentence(programs, tmp_path: Path, capsys, argv: str, sentence: str) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    assert launch.main(argv.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("codistill-launch: ")
+    assert sentence in captured.err and captured.err.count("\n") == 1
+    assert not list(tmp_path.glob("start*"))
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; sys.argv[0] = 'codistill-launch'\nfrom fairseq_codistill.launch import main\n"
+    code += "try: main(['--help'])\nexcept SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
+    root = Path(launch.__file__).parents[1]
+    shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert "--max-restarts" in shown.stdout and "Ctrl-C" in shown.stdout
+
+
+# ------------------------------------------------------------------------------------------------ reading a peer's log
+
+LOG = """\
+2025-11-21 00:00:00 | INFO | fairseq_cli.train | {'optimization': {'_name': None, 'max_epoch': 0, 'max_update': 200}}
+2025-11-21 00:00:00 | INFO | fairseq.trainer | begin training epoch 1
+2025-11-21 00:00:01 | INFO | train_inner | {"epoch": 2, "update": 1.25, "loss": "7.1", "nll_loss": "6.5", \
+"num_updates": "50", "ups": "10", "codistill_alpha": "1.1", "codistill_staleness": "20", "codistill_agreement": "0.25"}
+tensorflow says: gr\u00fc\u00dfe {"epoch": broken}
+{"epoch": 2, "num_updates": "many"}
+2025-11-21 00:00:02 | INFO | fairseq_cli.train | begin validation on "valid" subset
+2025-11-21 00:00:02 | INFO | valid | {"epoch": 2, "valid_loss": "5.5", "valid_nll_loss": "5.0", \
+"valid_num_updates": "60"}
+2025-11-21 00:00:02 | INFO | valid1 | {"epoch": 2, "valid1_loss": "1.0", "valid1_num_updates": "60"}
+2025-11-21 00:00:03 | INFO | train | {"epoch": 2, "train_loss": "6.0", "train_num_updates": "80"}
+2025-11-21 00:00:04 | INFO | valid | {"epoch": 3, "valid_loss": "nan", "valid_num_updates": "90"}
+2025-11-21 00:00:04 | INFO | valid | {"epoch": 3, "valid_loss": "5.25", "valid_num_updates": "100"}
+"""
+
+
+def test_follower_reads_a_log() -> None:
+    seen = launch.LogFollower()
+    lines = LOG.splitlines(keepends=True)
+    assert seen.phase == "starting" and seen.seconds_left is None
+    seen.feed("".join(lines[:2]))
+    assert (seen.phase, seen.update, seen.total) == ("training", None, 200)
+    seen.feed("".join(lines[2:5]))
+    assert (seen.update, seen.epoch, seen.train_nll, seen.alpha) == (50, 2, 6.5, 1.1)
+    assert (seen.staleness, seen.agreement, seen.seconds_left) == (20, 0.25, 15)
+    seen.feed(lines[5])
+    assert seen.phase == "validating"
+    seen.feed("".join(lines[6:9]))
+    assert (seen.phase, seen.update, seen.train_nll, seen.valid_nll) == ("training", 80, 6.0, 5.0)
+    seen.feed("".join(lines[9:]))
+    assert (seen.update, seen.valid_nll, seen.best_valid_nll) == (100, 5.25, 5.0)
+
+
+def test_follower_takes_no_nan_for_the_best() -> None:
+    seen = launch.LogFollower()
+    for loss in ("nan", "3.5", "nan"):
+        seen.feed(json.dumps({"epoch": 1, "valid_loss": loss, "valid_num_updates": "1"}) + "\n")
+    assert seen.best_valid_nll == 3.5 and seen.valid_nll != seen.valid_nll
+
+
+@given(st.lists(st.integers(0, len(LOG)), max_size=8))
+def test_follower_takes_text_in_any_pieces(cuts: list) -> None:
+    whole, pieces = launch.LogFollower(), launch.LogFollower()
+    whole.feed(LOG)
+    edges = [0, *sorted(cuts), len(LOG)]
+    for begin, end in zip(edges, edges[1:]):
+        pieces.feed(LOG[begin:end])
+    assert repr(pieces) == repr(whole)  # repr, because NaN is not equal to itself
+
+
+def test_follower_knows_the_total_from_epochs_too() -> None:
+    seen = launch.LogFollower()
+    seen.feed(
+        "{'max_epoch': 10, 'max_update': 0}\n" + '{"epoch": 2, "update": 1.5, "loss": "3", "num_updates": "30"}\n'
+    )
+    assert seen.total == 200
+    seen.feed(
+        "{'max_epoch': 10, 'max_update': 120}\n" + '{"epoch": 2, "update": 1.5, "loss": "3", "num_updates": "30"}\n'
+    )
+    assert seen.total == 120
+
+
+def test_follower_forgets_a_line_that_never_ends() -> None:
+    seen = launch.LogFollower()
+    for _ in range(30):
+        seen.feed("x" * 100_000)
+    assert len(seen._partial) == 1_000_000
+
+
+def test_last_lines_are_plain_and_short(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"\x1b[31mred\x1b[0m\n\n" + b"y" * 5000 + b"\n50%\r100%\n\xff\x07\n")
+    lines = launch.last_lines(str(tmp_path / "log"))
+    assert lines == ["red", "y" * 300 + " ...", "50%", "100%", "\ufffd"]
+    (tmp_path / "log").write_text("\n".join(map(str, range(100))))
+    assert launch.last_lines(str(tmp_path / "log")) == [str(n) for n in range(80, 100)]
+
+
+def test_duration_and_sparkline() -> None:
+    assert [launch._duration(s) for s in (None, 5, 200, 7500, 93600)] == ["-", "5s", "3m20s", "2h05m", "1d02h"]
+    assert launch.sparkline([1, 2, 8, float("nan")]) == "▁▂█"
+    assert launch.sparkline([]) == "" and launch.sparkline([3.0]) == "▁"
+
+
+# --------------------------------------------------------------------------------------------- keeping a peer going
+
+
+def test_all_end_well_and_a_second_run_appends(programs, tmp_path: Path, capsys) -> None:
+    programs(TRAINING)
+    command = ["--peers", "2", "--", "fairseq-train", "D", "--save-dir", "X"]
+    assert launch.main(command) == 0
+    out = capsys.readouterr().out
+    for i in range(2):
+        assert f"peer{i}: " in out
+        assert re.search(rf"peer{i} \w+ \| update 100/100 \(100%\) \| epoch 2 \| loss 6.100 \| valid nll 4.500", out)
+        assert re.search(rf"{i} \| finished +\| +100 \| +4.500 \| +0 \| +\d+s \| X/peer{i}/train.log", out)
+        start = json.loads((tmp_path / f"start{i}.0").read_text())
+        assert start["argv"][start["argv"].index("--seed") + 1] == str(1 + i * 10_000_000)
+        assert start["env"]["CODISTILL_DIR"] == str(tmp_path / "X" / "exchange")
+    assert "codistill-report X" in out and "alpha 1.1 | staleness 25 | agreement 50%" in out
+    assert "\x1b" not in out and "\r" not in out
+
+    programs("")
+    assert launch.main(command) == 0
+    assert re.search(r"0 \| finished +\| +- \| +- \|", capsys.readouterr().out)  # the old lines are not this run's
+    log = (tmp_path / "X" / "peer0" / "train.log").read_text()
+    headers = [line for line in log.splitlines() if line.startswith("===")]
+    assert len(headers) == 2 and log.count("valid_nll_loss") == 1
+    assert "peer0 of 2 | restart 0" in headers[1] and headers[1].endswith("--seed 1 --log-format json")
+
+
+def test_a_failing_peer_is_reported_at_once_and_the_other_finishes(programs, tmp_path: Path, capsys) -> None:
+    programs(
+        "if me == 0:\n"
+        "    write('pid0', os.getpid())\n"
+        "    child = subprocess.Popen(['sleep', '60'])\n"
+        "    write('pidchild', child.pid)\n"
+        "    sys.stderr.write('RuntimeError: out of memory, half a lin')\n"
+        "    sys.exit(3)\n"
+        "wait_for_end(0)\n" + TRAINING
+    )
+    assert launch.main("--peers 2 -- fairseq-train D --save-dir X".split()) == 3
+    out = capsys.readouterr().out
+    failure = out.index("peer0 failed with exit status 3")
+    assert failure < out.index("  | RuntimeError: out of memory, half a lin") < out.index("the other peers go on")
+    assert failure < out.index("peer1 ", failure) < out.index("valid nll 4.500")
+    assert re.search(r"0 \| failed \(3\)", out) and re.search(r"1 \| finished", out)
+    # Its data-loader worker went with it.
+    assert not any(is_alive(pid) for pid in pids_of(tmp_path, 2))
+
+
+@pytest.mark.parametrize("allowed, status, starts", [(0, 7, 1), (1, 7, 2), (2, 0, 3), (5, 0, 3)])
+def test_restarts(programs, tmp_path: Path, capsys, allowed: int, status: int, starts: int) -> None:
+    programs("sys.stdout.write(f'attempt {restart}')\nif me == 1 and restart < 2: sys.exit(7)")
+    assert (
+        launch.main(["--peers", "2", "--max-restarts", str(allowed), "--", "fairseq-train", "--save-dir=X"]) == status
+    )
+    out = capsys.readouterr().out
+    assert len(list(tmp_path.glob("start1.*"))) == starts and len(list(tmp_path.glob("start0.*"))) == 1
+    log = (tmp_path / "X" / "peer1" / "train.log").read_text()
+    assert re.findall(r"^(?:attempt|=== .* restart) (\d)", log, re.M) == [str(n) for n in range(starts) for _ in "xx"]
+    assert out.count(f"restart 1 of {allowed}.") == min(allowed, 1)
+    assert out.count("peer1 is not started again") == (status != 0)
+
+
+def test_status_is_the_first_failures_and_a_signals_is_128_more(programs, tmp_path: Path, capsys) -> None:
+    programs(
+        "if me == 1:\n    write('pid1', os.getpid())\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "wait_for_end(1)\n"
+        "sys.exit(4)"
+    )
+    assert launch.main("--peers 2 -- fairseq-train".split()) == 137
+    out = capsys.readouterr().out
+    assert "peer1 failed with exit status 137 (SIGKILL)" in out and "peer0 failed with exit status 4 after" in out
+
+
+def test_any_other_program_gets_its_environment(programs, tmp_path: Path, capsys) -> None:
+    script = "echo I am $CODISTILL_PEER of $CODISTILL_PEERS in $CODISTILL_DIR; cat"
+    assert launch.main(["--peers", "2", "--log-dir", "logs", "--", "sh", "-c", script]) == 0
+    log = (tmp_path / "logs" / "peer1" / "train.log").read_text()
+    assert log.endswith(f"\nI am 1 of 2 in {tmp_path}/logs/exchange\n")
+    assert "note: sh is not fairseq-train" in capsys.readouterr().out
+
+
+def test_a_log_with_any_bytes_does_no_harm(programs, capsys) -> None:
+    programs(TRAINING + "sys.stdout.flush()\nos.write(1, bytes(range(256)) * 50)\nsys.exit(1)")
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")  # a terminal of LANG=C
+    assert launch.main("--peers 1 -- fairseq-train".split()) == 1
+    out = capsys.readouterr().out
+    assert "valid nll 4.500" in out and not re.search(r"[\x00-\x09\x0b-\x1f]", out)
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launch.Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.wait(5) == {signal.SIGTERM}
+            assert signals.wait(0) == set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# Peer 0 has one child that ignores SIGTERM and one that saves its work; peer 1 ignores all that can be ignored.
+STUBBORN = """
+def child(name, program):
+    words = [sys.executable, "-S", "-c", "import os, signal, sys, time\\n" + program]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE)
+    process.stdout.read(1)
+    write("pid" + name, process.pid)
+
+if me == 0:
+    child("stubborn", "signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'x'); signal.pause()")
+    child("saving", "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), open('saved', 'w'), sys.exit()));"
+        "os.write(1, b'x'); signal.pause()")
+else:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+write(f"pid{me}", os.getpid())
+while True: signal.pause()
+"""
+
+
+def start(*argv: str, terminal: str = "pipe", **kwargs) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", LAUNCH, terminal, *argv], **kwargs)
+
+
+def test_sigterm_leaves_no_process(programs, tmp_path: Path) -> None:
+    programs(STUBBORN)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = start(*"--peers 2 --grace 2 --max-restarts 1 -- fairseq-train".split(), **streams)
+    pids = pids_of(tmp_path, 4)
+    assert all(map(is_alive, pids))
+    launcher.send_signal(signal.SIGTERM)
+    out, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 143 and err == ""
+    assert "SIGTERM: stopping all peers within 2 s" in out and out.count("| stopped") == 2
+    assert "failed" not in out and not list(tmp_path.glob("start*.1"))
+    assert (tmp_path / "saved").exists()  # the grace is for a peer's every process, not only the first
+    until(lambda: not any(map(is_alive, pids)), 5)
+
+
+def test_second_ctrl_c_kills_at_once(programs, tmp_path: Path) -> None:
+    programs(STUBBORN)
+    launcher = start(*"--peers 2 --grace 300 -- fairseq-train".split(), stdout=subprocess.PIPE, text=True)
+    pids = pids_of(tmp_path, 4)
+    launcher.send_signal(signal.SIGINT)
+    until(lambda: "stopping" in launcher.stdout.readline())
+    launcher.send_signal(signal.SIGINT)  # passed on twice by a wrapper: still one Ctrl-C
+    with pytest.raises(AssertionError):
+        until(lambda: not is_alive(int((tmp_path / "pid1").read_text())), 0.7)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(30) == 130
+    launcher.stdout.close()
+    until(lambda: not any(map(is_alive, pids)), 5)
+
+
+def test_terminal_shows_the_table_and_ctrl_c_lets_peers_end_well(programs, tmp_path: Path) -> None:
+    programs(
+        "def leave(*_):\n    time.sleep(0.2)\n    write('left')\n    sys.exit(1)\n"
+        "if me == 1: signal.signal(signal.SIGINT, leave)\n"
+        + TRAINING.replace("log(", "me == 1 and log(")
+        + "assert not os.isatty(0)\nwrite(f'pid{me}', os.getpid())\nif me == 0: sys.exit(9)\nwhile True: signal.pause()"
+    )
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
+    environ = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+    launcher = start(
+        *"--peers 2 -- fairseq-train --save-dir X".split(), terminal="terminal",
+        stdin=slave, stdout=slave, stderr=slave, env=environ, start_new_session=True,
+    )  # fmt: skip
+    os.close(slave)
+    shown = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # Linux ends a terminal with an error
+            while piece := os.read(master, 65536):
+                shown.extend(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+
+    def text() -> str:
+        return CODES.sub("", shown.decode("utf-8", "replace"))
+
+    pids = pids_of(tmp_path, 2)
+    until(lambda: "failed (9)" in text() and "4.500" in text())
+    os.write(master, b"\x03")
+    assert launcher.wait(30) == 130
+    reader.join(10)
+    os.close(master)
+    row = re.findall(r"│ 1 +\S training +━+ 100/100 +2 +6\.100 +4\.500 +4\.500 +▁ +1\.1 +25 +50% +5 +0s │", text())
+    assert row and re.search(r"peer +state +progress +update +epoch +loss +valid +best", text())
+    assert "codistill-launch · 2 peers" in text() and "Ctrl-C stops all" in text()
+    assert "\x1b[" in shown.decode("utf-8", "replace") and "SIGINT: stopping all peers" in text()
+    assert (tmp_path / "left").exists() and re.search(r"1 +stopped", text())
+    assert "The same command again goes on" in text()
+    assert not any(map(is_alive, pids))

@@ -1,0 +1,88 @@
+# Everything happens in $(VENV), which the first `make demo` or `make test` creates (about 4 minutes; nothing but pip
+# uses the network). Later calls install again only when the requirements have changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+# What pip is asked for as torch: the tested version unless you say otherwise. For the CUDA build that suits a driver:
+#   make install TORCH="torch==2.9.1 torchaudio==2.9.1 --index-url URL"        (the URL that pytorch.org's selector shows)
+# The request is remembered in $(VENV), so that a later `make demo` keeps it. To install beside the torch of an
+# environment that exists already:
+#   make install VENV=path/to/environment TORCH="torch torchaudio"
+TORCH ?= $(shell cat $(VENV)/torch-request 2>/dev/null || echo torch torchaudio -c constraints.txt)
+
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input
+# Commands that the demo and the tests start (fairseq-train, codistill-launch) are found through PATH.
+IN_VENV := PATH="$(abspath $(VENV))/bin:$$PATH"
+
+.PHONY: help install demo test lint test-legacy clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make install      create $(VENV) and install everything that the targets below need'
+	@echo 'make demo         codistillation against its baselines on a corpus of our own: ten minutes on two cores'
+	@echo 'make test         the tests; TESTS=tests/test_losses.py runs some of them'
+	@echo 'make lint         ruff'
+	@echo 'make test-legacy  the tests with stock fairseq 0.12.2, where a Python 3.9 or 3.10 is found'
+	@echo 'make clean        remove .venv, .venv-legacy and demo'
+
+install: $(VENV)/.installed
+
+demo: install
+	@$(IN_VENV) bash recipes/demo/run.sh
+
+test: install
+	$(IN_VENV) python -m pytest -q $(TESTS)
+
+lint: install
+	$(IN_VENV) ruff check .
+
+clean:
+	rm -rf .venv .venv-legacy demo
+
+# --- installation -----------------------------------------------------------------------------------------------------
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo >&2 \
+	    "PYTHON must be Python 3.11 or newer, but '$(PYTHON)' is '$$($(PYTHON) --version 2>&1 | head -n 1)' instead. Another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo >&2 \
+	    "A C++ compiler is needed to build fairseq, but PATH has no c++, g++ or clang++. Did you forget to install one (on Debian: apt install g++)?"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# Written only when the request changes, so that it makes the installation stale only then.
+$(VENV)/torch-request: FORCE | $(VENV)/bin/python
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+# The order matters. fairseq-fixed compiles against the torch and numpy that are there; pip's isolated build would
+# download a second torch for it. The chosen torch becomes a constraint, so that no later step replaces it.
+$(VENV)/.installed: setup.py constraints.txt $(VENV)/torch-request
+	$(PIP) $(TORCH)
+	@grep -v '^torch' constraints.txt > $(VENV)/constraints.txt
+	@$(VENV)/bin/python -c 'from importlib.metadata import version; [print(f"{p}=={version(p)}") for p in ("torch", "torchaudio")]' >> $(VENV)/constraints.txt
+	$(PIP) -c $(VENV)/constraints.txt numpy cython setuptools wheel
+	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation fairseq-fixed
+	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# --- stock fairseq on an old Python ------------------------------------------------------------------------------------
+# For users who live in such environments; not part of CI. pip and setuptools must be older than the releases that
+# refuse the metadata of fairseq 0.12.2 and its omegaconf; its code needs numpy's old type names. About 7 GB.
+
+LEGACY_TORCH ?= torch==2.8.0
+# pyenv's shims exist on PATH without working, so each candidate is tried.
+LEGACY_PYTHON ?= $(shell for p in python3.9 python3.10 $(wildcard $(HOME)/.pyenv/versions/3.9.*/bin/python $(HOME)/.pyenv/versions/3.10.*/bin/python); \
+    do $$p -c 'import venv' 2>/dev/null && echo $$p && break; done)
+LEGACY_PIP := .venv-legacy/bin/python -m pip install --disable-pip-version-check --no-input
+
+test-legacy: .venv-legacy/.installed
+	PATH="$(CURDIR)/.venv-legacy/bin:$$PATH" python -m pytest -q $(TESTS)
+
+.venv-legacy/.installed: setup.py
+	@test -n '$(LEGACY_PYTHON)' || { echo >&2 \
+	    "make test-legacy needs Python 3.9 or 3.10, but neither is on PATH nor in ~/.pyenv/versions. Name one: make test-legacy LEGACY_PYTHON=path"; exit 2; }
+	$(LEGACY_PYTHON) -m venv .venv-legacy
+	$(LEGACY_PIP) 'pip<24.1' 'setuptools<70' wheel
+	$(LEGACY_PIP) 'numpy<1.24' $(LEGACY_TORCH)
+	$(LEGACY_PIP) 'numpy<1.24' fairseq==0.12.2
+	$(LEGACY_PIP) --no-build-isolation 'numpy<1.24' -e '.[dev]'
+	@touch $@

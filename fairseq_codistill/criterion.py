@@ -116,7 +116,10 @@ class CodistillCriterion(CrossEntropyCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs) -> None:
-        """Sums over ranks and micro-batches to fairseq's metrics, in base 2: loss = nll_loss + codistill_alpha · codistill_loss."""
+        """fairseq's metrics from sums over ranks and micro-batches, in base 2, so that
+
+        loss = nll_loss + codistill_alpha · codistill_loss
+        """
         total = {name: sum(log.get(name, 0) for log in logging_outputs) for name in _SUMMED}
         sample_size, ntokens = total["sample_size"], total["ntokens"]
         metrics.log_scalar("loss", total["loss"] / sample_size / math.log(2), sample_size, round=3)

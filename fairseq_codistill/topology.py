@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import List, Set, Tuple
 
@@ -24,7 +25,7 @@ def edges_of(topology: str, peers: int) -> Set[Edge]:
     Raises ValueError, with one sentence, for a name that is neither, or a file that is not a graph over the peers.
     """
     if topology == "all":
-        return {(t, l) for t in range(peers) for l in range(peers) if t != l}
+        return set(itertools.permutations(range(peers), 2))
     if topology == "ring":
         return {((i - 1) % peers, i) for i in range(peers)} if peers > 1 else set()
     if not os.path.isfile(topology):

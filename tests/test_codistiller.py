@@ -7,12 +7,13 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
+from fairseq_runs import free_port
+from torch import nn
+
 from fairseq_codistill.codistiller import AlphaSchedule, Codistiller
 from fairseq_codistill.exchange import Exchange, MemoryStore, Run, open_store
 from fairseq_codistill.snapshot import copy_of, fingerprint
 from fairseq_codistill.topology import edges_of
-from fairseq_runs import free_port
-from torch import nn
 
 CONSTANT = AlphaSchedule("constant", 0.5)
 

@@ -8,8 +8,9 @@ import numpy
 import pytest
 import torch
 from fairseq.data.dictionary import Dictionary
-from fairseq_codistill import compat
 from omegaconf import OmegaConf
+
+from fairseq_codistill import compat
 
 needs_safe_loading = pytest.mark.skipif(
     not hasattr(torch.serialization, "add_safe_globals"), reason="torch before 2.4 has no list of allowed classes"

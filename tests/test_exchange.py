@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from fairseq_codistill.exchange import KEEP, DirectoryStore, Exchange, MemoryStore, Run, open_store
 from fairseq_codistill.snapshot import BadSnapshot, copy_of, fingerprint, tensors_of
-from torch import nn
 
 STORES = {"memory": lambda path: MemoryStore(), "directory": lambda path: DirectoryStore(str(path / "exchange"))}
 RUN = Run(peers=2, dictionary_sha256="ab" * 32, classes=100)

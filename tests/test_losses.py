@@ -4,6 +4,7 @@ import weakref
 import pytest
 import reference
 import torch
+
 from fairseq_codistill.losses import AGGREGATES, DISTANCES, pairwise, to_mean, uniform, unigram
 
 N, V = 5, 7

@@ -1,4 +1,5 @@
 import pytest
+
 from fairseq_codistill.schedules import alpha_at, weight_decay_at
 
 SODHANI_STEPS = dict(alpha=1.0, step=0.5, milestones=(15, 30, 40))

@@ -1,4 +1,5 @@
 import pytest
+
 from fairseq_codistill.topology import edges_of, learners_of, teachers_of
 
 

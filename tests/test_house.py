@@ -1,0 +1,95 @@
+"""Rules of the house: who may import whom, the options' prefix, and that the README tells the truth."""
+
+import ast
+import dataclasses
+import re
+
+import pytest
+from fairseq_runs import PLUGIN, ROOT
+
+from fairseq_codistill.config import CodistillConfig
+
+# Each room, and what of the house it may import: arrows point downwards only.
+LAYERS = {
+    "losses": set(),
+    "schedules": set(),
+    "topology": set(),
+    "snapshot": set(),
+    "compat": set(),
+    "exchange": {"snapshot"},
+    "codistiller": {"exchange", "snapshot", "schedules", "topology"},
+    "hook": {"codistiller", "exchange", "schedules"},
+    "config": {"losses", "schedules", "topology"},
+    "criterion": {"config", "hook", "codistiller", "exchange", "losses", "topology"},
+    "launch": set(),
+    "report": set(),
+    "__init__": {"compat", "criterion"},
+}
+# Which libraries a room may know of, where that is a rule; the commands must start without fairseq and torch.
+FOREIGN = {
+    "losses": {"torch"}, "schedules": set(), "topology": set(), "snapshot": {"torch", "safetensors"}, "exchange": set(),
+    "codistiller": {"torch"}, "hook": set(), "config": {"fairseq", "omegaconf"},
+}  # fmt: skip
+LIBRARIES = {"torch", "fairseq", "safetensors", "omegaconf", "numpy", "matplotlib", "rich", "fsspec", "hydra"}
+
+
+def imports(path):
+    """(names of this package's modules, names of other packages) that a module imports."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            ours |= {node.module.split(".")[0]} if node.module else {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            others |= {name.name.split(".")[0] for name in node.names}
+    return ours, others & (LIBRARIES | {"fairseq_codistill"})
+
+
+@pytest.mark.parametrize("path", sorted(PLUGIN.glob("*.py")), ids=lambda path: path.stem)
+def test_layers(path):
+    ours, others = imports(path)
+    assert ours <= LAYERS[path.stem], f"{path.stem} may not import {ours - LAYERS[path.stem]}"
+    assert "fairseq_codistill" not in others, "inside the package imports are relative"
+    if path.stem in FOREIGN:
+        assert others <= FOREIGN[path.stem]
+
+
+def test_the_package_is_flat_and_every_room_is_on_the_map():
+    assert not [path for path in PLUGIN.iterdir() if path.is_dir() and path.name not in ("__pycache__", ".ruff_cache")]
+    assert {path.stem for path in PLUGIN.glob("*.py")} == set(LAYERS)
+
+
+def test_every_option_has_the_prefix():
+    own = [field for field in dataclasses.fields(CodistillConfig) if not str(field.default).startswith("${")]
+    names = {field.name for field in own} - {"_name"}
+    assert names and all(name.startswith("codistill_") for name in names)
+    assert all(field.metadata.get("help") for field in own if field.name != "_name")
+
+
+def test_the_readme_has_every_option_with_its_default():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(CodistillConfig):
+        if field.name.startswith("codistill_"):
+            row = re.search(rf"^\| `--{field.name.replace('_', '-')}` \| ([^|]+) \|", text, re.MULTILINE)
+            assert row, f"the README's table lacks --{field.name.replace('_', '-')}"
+            shown = row[1].strip(" `")
+            default = {None: "none", False: "off"}.get(field.default, str(field.default))
+            assert shown == default or field.name in ("codistill_peer", "codistill_peers", "codistill_dir")
+    documented = set(re.findall(r"--codistill-[a-z-]+[a-z]", text))
+    known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(CodistillConfig)}
+    assert documented <= known, f"the README names options that do not exist: {documented - known}"
+
+
+def test_the_readmes_files_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / target).exists(), f"the README points to {target}, which is not there"
+
+
+@pytest.mark.parametrize("forbidden", ["/work/", "/root/", "/tmp/"])
+def test_no_path_of_one_machine_in_what_we_ship(forbidden):
+    for folder in ("fairseq_codistill", "recipes", "data_prep", "benchmarks"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix in (".py", ".sh", ".md", ".txt", ".json", ".log"):
+                assert forbidden not in path.read_text(encoding="utf-8", errors="replace"), path

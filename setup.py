@@ -18,10 +18,11 @@ setup(
         "sacrebleu",
         "sentencepiece",
         "safetensors",
-        "fsspec",
         "rich",
         "matplotlib",
         "tensorboard",
+        "requests",
+        "tqdm",
     ],
     extras_require={
         "image": ["torchvision"],

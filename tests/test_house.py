@@ -74,7 +74,7 @@ def test_the_readme_has_every_option_with_its_default():
             row = re.search(rf"^\| `--{field.name.replace('_', '-')}` \| ([^|]+) \|", text, re.MULTILINE)
             assert row, f"the README's table lacks --{field.name.replace('_', '-')}"
             shown = row[1].strip(" `")
-            default = {None: "none", False: "off"}.get(field.default, str(field.default))
+            default = "none" if field.default is None else "off" if field.default is False else str(field.default)
             assert shown == default or field.name in ("codistill_peer", "codistill_peers", "codistill_dir")
     documented = set(re.findall(r"--codistill-[a-z-]+[a-z]", text))
     known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(CodistillConfig)}

@@ -223,6 +223,9 @@ class Codistiller:
         for teacher in self._teachers:
             try:
                 manifest = self._choose(teacher, exchange_update)
+                if manifest is None and exchange_update > 0:
+                    where = self.exchange.store
+                    self._warn(teacher, f"it has published nothing in {where} yet; does it run, and see this directory?")
                 if manifest is None or manifest.update == 0 or manifest == self._manifest_held(teacher):
                     continue
                 weights = self.exchange.fetch(teacher, manifest, fingerprint(self._model), tensors_of(self._model))
@@ -230,7 +233,7 @@ class Codistiller:
                     news.append((teacher, manifest, weights))
                     self._warned = {(peer, what) for peer, what in self._warned if peer != teacher}
             except (BadSnapshot, OSError) as error:
-                self._warn(teacher, f"its snapshot is refused: {error}")
+                self._warn(teacher, f"its snapshot is refused: {error}.")
         return news
 
     def _choose(self, teacher: int, exchange_update: int) -> Optional[Manifest]:
@@ -240,7 +243,7 @@ class Codistiller:
             return None
         found = self._await(lambda: self._look(teacher, exchange_update) is not None, self.wait or LOCKSTEP_WAIT)
         if not found:
-            self._warn(teacher, f"lockstep is broken: no snapshot of update {exchange_update} has come in time")
+            self._warn(teacher, f"lockstep is broken: no snapshot of update {exchange_update} has come in time.")
         return self._look(teacher, exchange_update) or self.exchange.newest(teacher)
 
     def _look(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:
@@ -301,7 +304,7 @@ class Codistiller:
     def _warn(self, peer: int, what: str) -> None:
         if (peer, what) not in self._warned:
             self._warned.add((peer, what))
-            logger.warning(f"codistillation: peer {peer}: {what}; training goes on with what it holds")
+            logger.warning(f"codistillation: peer {peer}: {what} Training goes on with what it holds.")
 
 
 def _grouped() -> bool:

@@ -23,6 +23,7 @@ from fairseq_runs import (
     train_words,
     weights,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # fairseq ≥ 2023 shuffles an epoch's batches by seed and epoch, but keeps the first epoch's for the others unless told
 # otherwise: without this a resumed run, plain or codistilled, sees other batches than one that was never stopped.
@@ -62,7 +63,7 @@ def test_without_alpha_it_is_cross_entropy_to_the_bit(data, tmp_path, plain, not
 
 
 def test_two_peers_teach_each_other_and_the_checkpoint_is_plain(data, tmp_path, plain):
-    logs = train_peers(data, tmp_path / "run", LOCKSTEP, "--max-update 12")
+    logs = train_peers(data, tmp_path / "run", LOCKSTEP, f"--max-update 12 --tensorboard-logdir {tmp_path}/board")
     for log in logs:
         assert len(taught(log)) == 8, "no snapshot of update 0 teaches; from update 4 on each update is taught"
         assert column(log, "train_inner", "codistill_staleness") == [0, 1, 2, 3, 0, 1, 2, 3]
@@ -70,6 +71,8 @@ def test_two_peers_teach_each_other_and_the_checkpoint_is_plain(data, tmp_path, 
             assert row["loss"] == pytest.approx(row["nll_loss"] + row["codistill_alpha"] * row["codistill_loss"], abs=2e-3)
             assert 0 <= row["codistill_agreement"] <= 1
         assert not any("codistill" in name for row in rows(log, "valid") for name in row)
+    board = EventAccumulator(str(tmp_path / "board/train_inner")).Reload().Tags()["scalars"]
+    assert {f"codistill_{name}" for name in ("loss", "alpha", "staleness", "agreement")} <= set(board)
     trained, reference = checkpoint(tmp_path / "run/peer0/checkpoint_last.pt"), checkpoint(plain[1])
     assert trained.keys() == reference.keys() and trained["model"].keys() == reference["model"].keys()
     assert trained["criterion"] is None and trained["task_state"] == reference["task_state"]

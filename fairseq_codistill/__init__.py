@@ -8,7 +8,7 @@ See these files first: `criterion.py` (the loss), `codistiller.py` (who teaches 
     hook                             ties a codistiller to a fairseq task
     config, criterion                the options and `codistill_ce`
     compat                           fairseq's checkpoints on today's torch
-    launch, report                   the commands `codistill-launch` and `codistill-report`
+    launch, report                   the commands; fairseq_log → launch_*, report_* are their parts
 """
 
 import os

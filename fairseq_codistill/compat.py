@@ -48,7 +48,9 @@ def _omegaconf_classes() -> List[object]:
     from omegaconf.nodes import AnyNode, BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode
 
     nodes = [AnyNode, BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode]
-    python = [typing.Any, dict, list, int, float, str, bool, collections.defaultdict, collections.OrderedDict]
+    # Before Python 3.11 typing.Any does not know its own name, so torch must be told.
+    anything = typing.Any if hasattr(typing.Any, "__qualname__") else (typing.Any, "typing.Any")
+    python = [anything, dict, list, int, float, str, bool, collections.defaultdict, collections.OrderedDict]
     return [DictConfig, ListConfig, ContainerMetadata, Metadata, *nodes, *python]
 
 

@@ -25,7 +25,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill import launch
+from fairseq_codistill import launch, launch_plan, launch_progress, launch_view
 
 # As the console command does it; the second argument says whether to take the terminal at stdin as one's own.
 LAUNCH = """
@@ -109,8 +109,12 @@ def pids_of(folder: Path, count: int) -> list:
     return written()
 
 
+def make_plan(argv: list, environ: dict) -> launch_plan.Plan:
+    return launch_plan.make_plan(launch.parse_arguments(argv), environ)
+
+
 def commands(*command: str, peers: int = 2, options: tuple = ()) -> list:
-    plan = launch.make_plan(["--peers", str(peers), *options, "--", *command], os.environ)
+    plan = make_plan(["--peers", str(peers), *options, "--", *command], os.environ)
     return [" ".join(peer.command) for peer in plan.peers]
 
 
@@ -172,7 +176,7 @@ def test_an_odd_path_is_quoted_for_hydra(programs) -> None:
 
 
 def test_without_separator_and_with_the_commands_own(programs) -> None:
-    plan = launch.make_plan("--peers 1 env -- fairseq-train D".split(), {})
+    plan = make_plan("--peers 1 env -- fairseq-train D".split(), {})
     assert plan.peers[0].command[:4] == ["env", "--", "fairseq-train", "D"]
 
 
@@ -180,7 +184,7 @@ def test_environment(programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
 
     def environs(command: str, environ: dict) -> list:
-        return [peer.environ for peer in launch.make_plan(["--peers", "3", "--", *command.split()], environ).peers]
+        return [peer.environ for peer in make_plan(["--peers", "3", "--", *command.split()], environ).peers]
 
     second = environs("fairseq-train D --save-dir X", {})[1]
     assert second == {
@@ -216,7 +220,7 @@ def test_gpus_are_shared(programs, monkeypatch, count, visible, peers, options, 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    plan = launch.make_plan(["--peers", str(peers), *options, "--", "fairseq-train", "D"], os.environ)
+    plan = make_plan(["--peers", str(peers), *options, "--", "fairseq-train", "D"], os.environ)
     assert [peer.environ.get("CUDA_VISIBLE_DEVICES") for peer in plan.peers] == expected
     assert any("share 2 GPUs" in note for note in plan.notes) == (peers == 3)
 
@@ -300,7 +304,7 @@ tensorflow says: gr\u00fc\u00dfe {"epoch": broken}
 
 
 def test_follower_reads_a_log() -> None:
-    seen = launch.LogFollower()
+    seen = launch_progress.LogFollower()
     lines = LOG.splitlines(keepends=True)
     assert seen.phase == "starting" and seen.seconds_left is None
     seen.feed("".join(lines[:2]))
@@ -317,7 +321,7 @@ def test_follower_reads_a_log() -> None:
 
 
 def test_follower_takes_no_nan_for_the_best() -> None:
-    seen = launch.LogFollower()
+    seen = launch_progress.LogFollower()
     for loss in ("nan", "3.5", "nan"):
         seen.feed(json.dumps({"epoch": 1, "valid_loss": loss, "valid_num_updates": "1"}) + "\n")
     assert seen.best_valid_nll == 3.5 and seen.valid_nll != seen.valid_nll
@@ -325,7 +329,7 @@ def test_follower_takes_no_nan_for_the_best() -> None:
 
 @given(st.lists(st.integers(0, len(LOG)), max_size=8))
 def test_follower_takes_text_in_any_pieces(cuts: list) -> None:
-    whole, pieces = launch.LogFollower(), launch.LogFollower()
+    whole, pieces = launch_progress.LogFollower(), launch_progress.LogFollower()
     whole.feed(LOG)
     edges = [0, *sorted(cuts), len(LOG)]
     for begin, end in zip(edges, edges[1:]):
@@ -334,7 +338,7 @@ def test_follower_takes_text_in_any_pieces(cuts: list) -> None:
 
 
 def test_follower_knows_the_total_from_epochs_too() -> None:
-    seen = launch.LogFollower()
+    seen = launch_progress.LogFollower()
     seen.feed(
         "{'max_epoch': 10, 'max_update': 0}\n" + '{"epoch": 2, "update": 1.5, "loss": "3", "num_updates": "30"}\n'
     )
@@ -346,7 +350,7 @@ def test_follower_knows_the_total_from_epochs_too() -> None:
 
 
 def test_follower_forgets_a_line_that_never_ends() -> None:
-    seen = launch.LogFollower()
+    seen = launch_progress.LogFollower()
     for _ in range(30):
         seen.feed("x" * 100_000)
     assert len(seen._partial) == 1_000_000
@@ -354,16 +358,16 @@ def test_follower_forgets_a_line_that_never_ends() -> None:
 
 def test_last_lines_are_plain_and_short(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"\x1b[31mred\x1b[0m\n\n" + b"y" * 5000 + b"\n50%\r100%\n\xff\x07\n")
-    lines = launch.last_lines(str(tmp_path / "log"))
+    lines = launch_progress.last_lines(str(tmp_path / "log"))
     assert lines == ["red", "y" * 300 + " ...", "50%", "100%", "\ufffd"]
     (tmp_path / "log").write_text("\n".join(map(str, range(100))))
-    assert launch.last_lines(str(tmp_path / "log")) == [str(n) for n in range(80, 100)]
+    assert launch_progress.last_lines(str(tmp_path / "log")) == [str(n) for n in range(80, 100)]
 
 
 def test_duration_and_sparkline() -> None:
-    assert [launch._duration(s) for s in (None, 5, 200, 7500, 93600)] == ["-", "5s", "3m20s", "2h05m", "1d02h"]
-    assert launch.sparkline([1, 2, 8, float("nan")]) == "▁▂█"
-    assert launch.sparkline([]) == "" and launch.sparkline([3.0]) == "▁"
+    assert [launch_view.duration(s) for s in (None, 5, 200, 7500, 93600)] == ["-", "5s", "3m20s", "2h05m", "1d02h"]
+    assert launch_view.sparkline([1, 2, 8, float("nan")]) == "▁▂█"
+    assert launch_view.sparkline([]) == "" and launch_view.sparkline([3.0]) == "▁"
 
 
 # --------------------------------------------------------------------------------------------- keeping a peer going

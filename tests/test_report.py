@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_codistill import report
+from fairseq_codistill import (
+    fairseq_log,
+    report,
+    report_figure,
+    report_files,
+    report_log,
+    report_notes,
+    report_summary,
+    report_table,
+)
 
 REAL = Path(__file__).parent / "data" / "report"
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
@@ -75,8 +84,8 @@ def write_score(file, score, signature=SIGNATURE, name="BLEU"):
 
 def summary(*arguments):
     """label -> column -> (mean, std, n)"""
-    methods, _ = report.load_methods(list(map(str, arguments)))
-    return {method.label: report.summarise(run.values() for run in method.runs) for method in methods}
+    methods, _ = report_files.load_methods(list(map(str, arguments)))
+    return {method.label: report_summary.summarise(run.values() for run in method.runs) for method in methods}
 
 
 def run_main(capsys, *arguments):
@@ -129,14 +138,14 @@ def test_order_of_arguments_changes_no_number(root):
 
 
 def test_table_cells():
-    assert report.cell(report.Stat(3.7, None, 1), 3, 1) == "3.700"
-    assert report.cell(report.Stat(3.7, 0.0123, 3), 3, 3) == "3.700 ± 0.012"
-    assert report.cell(report.Stat(2500.4, 50, 2), 0, 3) == "2,500 ± 50 (2 of 3)"
-    assert report.cell(None, 3, 1) == "–"
+    assert report_table.cell(report_summary.Stat(3.7, None, 1), 3, 1) == "3.700"
+    assert report_table.cell(report_summary.Stat(3.7, 0.0123, 3), 3, 3) == "3.700 ± 0.012"
+    assert report_table.cell(report_summary.Stat(2500.4, 50, 2), 0, 3) == "2,500 ± 50 (2 of 3)"
+    assert report_table.cell(None, 3, 1) == "–"
 
 
 def test_markdown_table():
-    assert report.markdown_table([["method", "ppl"], ["a|b", "3.70"]]).splitlines() == [
+    assert report_table.markdown_table([["method", "ppl"], ["a|b", "3.70"]]).splitlines() == [
         "| method |  ppl |",
         "|--------|-----:|",
         "| a\\|b   | 3.70 |",
@@ -144,9 +153,9 @@ def test_markdown_table():
 
 
 def test_rows_of_peers(root):
-    methods, _ = report.load_methods([str(root / "codist")])
-    shown = [column for column in report.columns(methods) if column.key in ("best_valid_nll", "test BLEU")]
-    assert report.rows(methods, shown, per_peer=True) == [
+    methods, _ = report_files.load_methods([str(root / "codist")])
+    shown = [column for column in report_table.columns(methods) if column.key in ("best_valid_nll", "test BLEU")]
+    assert report_table.rows(methods, shown, per_peer=True) == [
         ["method", "seeds", "peers", "best valid NLL", "test BLEU"],
         ["codist", "2", "2", "3.900 ± 0.283", "29.75 ± 1.77"],
         ["codist: peer0", "2", "1", "3.800 ± 0.283", "29.00 ± 1.41"],
@@ -159,11 +168,11 @@ def test_a_seed_that_has_no_score_yet_is_counted(root):
     for file in (root / "codist/seed2").glob("*/test.sacrebleu.json"):
         file.unlink()
     (root / "codist/seed1/peer1/test.sacrebleu.json").unlink()
-    methods, _ = report.load_methods([str(root / "codist")])
-    table = report.rows(methods, report.columns(methods))
+    methods, _ = report_files.load_methods([str(root / "codist")])
+    table = report_table.rows(methods, report_table.columns(methods))
     assert dict(zip(*table))["test BLEU"] == "30.00 (1 of 2)"
     missing = "codist seed1 peer1, codist seed2 peer0, codist seed2 peer1"
-    assert f"test BLEU is not there (yet) for {missing}; the mean is over the others." in report.notes(methods)
+    assert f"test BLEU is not there (yet) for {missing}; the mean is over the others." in report_notes.notes(methods)
 
 
 # --- real logs ---
@@ -184,7 +193,7 @@ def test_real_logs_of_every_criterion():
 
 def test_rdrop_is_halved_to_the_nll_of_its_checkpoint():
     # 4.8341 was measured: this run's last checkpoint, loaded with the criterion cross_entropy over the same batches.
-    log = report.load_log(REAL / "rdrop/seed1/peer0/train.log")
+    log = report_files.load_log(REAL / "rdrop/seed1/peer0/train.log")
     assert log.doubled
     assert log.valid_nll()[-1] == (30, pytest.approx(4.8341, abs=0.0003))
     assert log.train_nll()[-1] == (30, pytest.approx(9.622 / 2))
@@ -194,15 +203,15 @@ def test_rdrop_is_halved_to_the_nll_of_its_checkpoint():
 def test_rdrop_with_alpha_zero_is_not_halved():
     text = (REAL / "rdrop/seed1/peer0/train.log").read_text()
     assert "'rdrop_alpha': 5.0" in text
-    log = report.TrainLog.read(text.replace("'rdrop_alpha': 5.0", "'rdrop_alpha': 0.0").splitlines())
+    log = report_log.TrainLog.read(text.replace("'rdrop_alpha': 5.0", "'rdrop_alpha': 0.0").splitlines())
     assert not log.doubled and log.valid_nll()[-1] == (30, 9.668)
 
 
 def test_rdrop_is_known_by_its_records_where_the_config_line_is_lost():
     lines = (REAL / "rdrop/seed1/peer0/train.log").read_text().splitlines()
-    assert report.TrainLog.read(line for line in lines if "'criterion'" not in line).doubled
+    assert report_log.TrainLog.read(line for line in lines if "'criterion'" not in line).doubled
     lines = (REAL / "ls/seed1/peer0/train.log").read_text().splitlines()
-    assert not report.TrainLog.read(line for line in lines if "'criterion'" not in line).doubled
+    assert not report_log.TrainLog.read(line for line in lines if "'criterion'" not in line).doubled
 
 
 def test_fairseqs_rdrop_still_doubles_in_validation():
@@ -235,7 +244,7 @@ def test_fairseqs_rdrop_still_doubles_in_validation():
 
 
 def test_codistillation_curves_of_a_real_log():
-    log = report.load_log(REAL / "codist/seed1/peer0/train.log")
+    log = report_files.load_log(REAL / "codist/seed1/peer0/train.log")
     alpha = dict(log.train_curve("codistill_alpha"))
     assert sorted(alpha) == [10, 15, 20, 25, 30], "before the first snapshot nothing is taught"
     assert alpha[30] == 0.7321 and dict(log.train_curve("codistill_agreement"))[30] == 0.965
@@ -247,7 +256,7 @@ def test_codistillation_curves_of_a_real_log():
 
 
 def test_real_log_of_a_run_killed_at_25_and_resumed_from_15():
-    log = report.load_log(REAL / "resumed/seed1/peer0/train.log")
+    log = report_files.load_log(REAL / "resumed/seed1/peer0/train.log")
     assert log.valid_nll() == [
         *[(5, 5.155), (6, 5.09), (10, 4.895), (12, 4.847), (15, 4.808)],
         *[(18, 4.78), (20, 4.762), (24, 4.734), (25, 4.726), (30, 4.699)],  # the first process had 4.782 at 18
@@ -260,30 +269,30 @@ def test_real_log_of_a_run_killed_at_25_and_resumed_from_15():
 def test_what_a_restart_has_not_done_again_is_dropped():
     lines = [config_line(), FRESH, *(json_line("valid", u, loss=9.0) for u in (100, 200, 300, 400))]
     restarted = lines + [config_line(), loaded_line(200)]
-    assert report.TrainLog.read(restarted).valid_nll() == [(100, 9.0), (200, 9.0)]
+    assert report_log.TrainLog.read(restarted).valid_nll() == [(100, 9.0), (200, 9.0)]
     again = restarted + [json_line("valid", 350, loss=8.0)]
-    assert report.TrainLog.read(again).valid_nll() == [(100, 9.0), (200, 9.0), (350, 8.0)]
+    assert report_log.TrainLog.read(again).valid_nll() == [(100, 9.0), (200, 9.0), (350, 8.0)]
 
 
 def test_updates_that_go_back_are_a_restart():
     lines = [json_line("valid", 100, loss=9), json_line("train_inner", 300, loss=9), json_line("valid", 300, loss=9)]
-    log = report.TrainLog.read([*lines, json_line("train_inner", 200, loss=8), json_line("valid", 200, loss=8)])
+    log = report_log.TrainLog.read([*lines, json_line("train_inner", 200, loss=8), json_line("valid", 200, loss=8)])
     assert log.valid_nll() == [(100, 9), (200, 8)] and log.train_nll() == [(200, 8)] and log.update == 200
 
 
 def test_a_start_from_nothing_drops_the_attempt_before_it():
-    log = report.TrainLog.read((log_text([5, 4, 3], seconds=50) + log_text([6, 5], seconds=7)).splitlines())
+    log = report_log.TrainLog.read((log_text([5, 4, 3], seconds=50) + log_text([6, 5], seconds=7)).splitlines())
     assert log.valid_nll() == [(100, 6), (200, 5)] and log.seconds == 7
-    begun = report.TrainLog.read((log_text([5, 4, 3]) + config_line() + FRESH).splitlines())
+    begun = report_log.TrainLog.read((log_text([5, 4, 3]) + config_line() + FRESH).splitlines())
     assert begun.valid_nll() == [] and begun.update == 0
 
 
 def test_seconds_of_all_processes_are_added():
     first = [json_line("train_inner", 10, loss=1, wall=30), json_line("train_inner", 20, loss=1, wall=60)]
     second = [loaded_line(10), json_line("train_inner", 20, loss=1, wall=25)]
-    assert report.TrainLog.read(first + second).seconds == 85, "the wall clock that falls back tells of a restart"
+    assert report_log.TrainLog.read(first + second).seconds == 85, "the wall clock that falls back tells of a restart"
     longer = [config_line(), loaded_line(10), json_line("train_inner", 20, loss=1, wall=70)]
-    assert report.TrainLog.read(first + longer).seconds == 130, "and the config line of a process that waited longer"
+    assert report_log.TrainLog.read(first + longer).seconds == 130, "and the config line of a process that waited longer"
 
 
 def test_garbage_and_torn_lines_are_passed_over(tmp_path):
@@ -297,32 +306,32 @@ def test_garbage_and_torn_lines_are_passed_over(tmp_path):
         + json_line("valid", 300, loss=2.0).encode()  # behind a torn line, as after a kill
         + json_line("valid", 400, loss=1.0)[:-30].encode()
     )
-    assert report.load_log(tmp_path / "train.log").valid_nll() == [(100, 4.0), (300, 2.0)]
+    assert report_files.load_log(tmp_path / "train.log").valid_nll() == [(100, 4.0), (300, 2.0)]
 
 
 def test_lines_of_fairseq_hydra_train():
     lines = (REAL / "ls/seed1/peer0/train.log").read_text().splitlines()
     hydra = [re.sub(r"^(\S+ \S+) \| INFO \| (\S+) \| ", r"[\1,123][\2][INFO] - ", line) for line in lines]
     assert hydra[-1].endswith("][fairseq_cli.train][INFO] - done training in 0.6 seconds")
-    assert report.TrainLog.read(hydra) == report.TrainLog.read(lines)
+    assert report_log.TrainLog.read(hydra) == report_log.TrainLog.read(lines)
 
 
 def test_first_validation_subset_is_the_one_reported():
     config = config_line().replace("'seed'", "'valid_subset': 'dev,valid', 'seed'")
-    log = report.TrainLog.read([config, json_line("dev", 10, loss=4), json_line("valid", 10, loss=5)])
+    log = report_log.TrainLog.read([config, json_line("dev", 10, loss=4), json_line("valid", 10, loss=5)])
     assert log.valid_nll() == [(10, 4)]
 
 
 def test_settings_of_a_criterion_with_a_dict_among_its_options():
     config = config_line("{'_name': 'composite_loss', 'weights': {'a': 1}}")
-    assert report.parse_settings(config) == {
+    assert fairseq_log.parse_settings(config) == {
         **{"criterion": "composite_loss", "seed": "7", "max_update": "200", "log_format": "json"}
     }
-    assert report.parse_settings("criterion: CrossEntropyCriterion") == {}
+    assert fairseq_log.parse_settings("criterion: CrossEntropyCriterion") == {}
 
 
 def test_train_curve_of_epoch_ends_where_nothing_else_is_logged():
-    log = report.TrainLog.read([json_line("train", 10, loss=4), json_line("train", 20, loss=3)])
+    log = report_log.TrainLog.read([json_line("train", 10, loss=4), json_line("train", 20, loss=3)])
     assert log.train_nll() == [(10, 4), (20, 3)]
 
 
@@ -357,7 +366,7 @@ def test_losses_that_are_not_finite_never_count_as_best(tmp_path, capsys, no_fig
 
 def labels(*arguments):
     """label -> number of peers in each run"""
-    methods, _ = report.load_methods(list(map(str, arguments)))
+    methods, _ = report_files.load_methods(list(map(str, arguments)))
     return {method.label: [len(run.peers) for run in method.runs] for method in methods}
 
 
@@ -378,7 +387,7 @@ def test_labels(root):
     assert labels(f"x={root}") == {"x/alone": [1], "x/codist": [2, 2]}
     shutil.copytree(root / "alone", root / "a=b")
     assert labels(root / "a=b") == {"a=b": [1]}
-    methods, _ = report.load_methods([f"x={root / 'alone'}", f"x={root / 'codist/seed1'}"])
+    methods, _ = report_files.load_methods([f"x={root / 'alone'}", f"x={root / 'codist/seed1'}"])
     assert [words for words, _ in methods[0].peers()] == ["x alone peer0", "x seed1 peer0", "x seed1 peer1"]
 
 
@@ -400,7 +409,7 @@ def test_two_folders_of_one_name_are_two_methods(root, tmp_path):
 def test_peers_in_their_order_and_a_log_of_the_run_itself(tmp_path):
     make_run(tmp_path / "a", [[5.0 - n / 100] for n in range(11)])
     (tmp_path / "a/train.log").write_text(log_text([1.0]))
-    methods, _ = report.load_methods([str(tmp_path / "a")])
+    methods, _ = report_files.load_methods([str(tmp_path / "a")])
     assert [peer.name for peer in methods[0].runs[0].peers] == [f"peer{n}" for n in range(11)]
     shutil.rmtree(tmp_path / "a/peer0")
     assert labels(tmp_path / "a") == {"a": [10]}
@@ -420,11 +429,11 @@ def test_logs_under_names_of_their_own(root, tmp_path):
 def test_a_list_of_metrics_and_several_test_sets(root):
     entries = [{"name": name, "score": score, "signature": name} for name, score in (("BLEU", 40), ("chrF2", 60))]
     (root / "alone/peer0/flickr2017.sacrebleu.json").write_text(json.dumps(entries))
-    methods, _ = report.load_methods([str(root / "alone")])
-    assert [column.heading for column in report.columns(methods)][-4:-1] == [
+    methods, _ = report_files.load_methods([str(root / "alone")])
+    assert [column.heading for column in report_table.columns(methods)][-4:-1] == [
         *("flickr2017 BLEU", "flickr2017 chrF2", "test BLEU")
     ]
-    assert "flickr2017 chrF2: sacreBLEU chrF2" in report.notes(methods)
+    assert "flickr2017 chrF2: sacreBLEU chrF2" in report_notes.notes(methods)
 
 
 def test_signatures_that_differ_are_warned_of(root, capsys, no_figure):
@@ -454,7 +463,7 @@ def test_everything_is_written_and_agrees(root, capsys):
     runs = by_label["codist"]["runs"]
     assert [run["seed"] for run in runs] == ["seed1", "seed2"]
     for peer in (peer for run in runs for peer in run["peers"]):
-        own = report.load_log(root / "report" / peer["log"]).valid_nll()
+        own = report_files.load_log(root / "report" / peer["log"]).valid_nll()
         assert peer["settings"]["seed"] == "7"
         assert peer["values"]["best_valid_nll"] == min(nll for _, nll in own)
         score = json.loads((root / "report" / peer["scores"][0]["file"]).read_text())
@@ -475,9 +484,9 @@ def test_out_and_a_second_report_of_the_same_root(root, tmp_path, capsys, no_fig
 def test_figure_of_real_logs(tmp_path):
     from matplotlib.image import imread
 
-    methods, _ = report.load_methods([str(REAL / name) for name in ("ce", "ls", "rdrop", "codist", "resumed")])
-    report.draw(report.Report("Five criteria", methods, [], []), tmp_path / "all.png")
-    report.draw(report.Report("No peers", methods[:1], [], []), tmp_path / "one.png")
+    methods, _ = report_files.load_methods([str(REAL / name) for name in ("ce", "ls", "rdrop", "codist", "resumed")])
+    report_figure.draw(report_table.Report("Five criteria", methods, [], []), tmp_path / "all.png")
+    report_figure.draw(report_table.Report("No peers", methods[:1], [], []), tmp_path / "one.png")
     both, alone = imread(tmp_path / "all.png"), imread(tmp_path / "one.png")
     assert both.shape[1] == alone.shape[1] == 1200 and 500 <= alone.shape[0] <= both.shape[0] <= 600
     assert colours_of(both) == {0, 1, 2, 3, 4} and colours_of(alone) == {0}
@@ -487,29 +496,29 @@ def colours_of(picture):
     """Which methods' colours an RGBA picture (rows, columns, 4) holds above the legend."""
     picture = picture[: int(0.85 * len(picture))]
     pixels = set(map(bytes, (picture[..., :3].reshape(-1, 3) * 255).round().astype("uint8")))
-    return {n for n in range(8) if bytes.fromhex(report.look(n)["color"][1:]) in pixels - {b"\0\0\0"}}
+    return {n for n in range(8) if bytes.fromhex(report_figure.look(n)["color"][1:]) in pixels - {b"\0\0\0"}}
 
 
 def test_band_reads_each_curve_between_its_points():
     short, long = [(0, 4.0), (100, 2.0)], [(50, 5.0), (100, 6.0), (150, 0.0)]
-    assert report.band([short, long]) == [(50, 3.0, 4.0, 5.0), (100, 2.0, 4.0, 6.0)], "where both are known"
-    assert report.band([long]) == [(update, nll, nll, nll) for update, nll in long]
-    assert report.band([[(0, 1.0)], [(10, 1.0)]]) == []
+    assert report_figure.band([short, long]) == [(50, 3.0, 4.0, 5.0), (100, 2.0, 4.0, 6.0)], "where both are known"
+    assert report_figure.band([long]) == [(update, nll, nll, nll) for update, nll in long]
+    assert report_figure.band([[(0, 1.0)], [(10, 1.0)]]) == []
 
 
 def test_focus_leaves_the_fall_from_log2_v_out():
-    low, high = report.focus([[(10, 11.0), (30, 5.0), (100, 4.0)], [(10, 12.0), (30, 4.5), (100, 4.8)]])
+    low, high = report_figure.focus([[(10, 11.0), (30, 5.0), (100, 4.0)], [(10, 12.0), (30, 4.5), (100, 4.8)]])
     assert (low, high) == pytest.approx((3.95, 5.05))
-    assert report.focus([]) is None and report.focus([[(10, 4.0)]]) is None
+    assert report_figure.focus([]) is None and report_figure.focus([[(10, 4.0)]]) is None
 
 
 def test_nll_axis_is_focused():
     from matplotlib.figure import Figure
 
-    methods, _ = report.load_methods([str(REAL / "ls")])
+    methods, _ = report_files.load_methods([str(REAL / "ls")])
     axes = Figure().add_subplot()
-    report._panel(axes, methods, "valid NLL (bits per token)", report.TrainLog.valid_nll, size=10)
-    assert axes.get_ylim() == pytest.approx(report.focus([methods[0].runs[0].peers[0].log.valid_nll()]))
+    report_figure._panel(axes, methods, "valid NLL (bits per token)", report_log.TrainLog.valid_nll, size=10)
+    assert axes.get_ylim() == pytest.approx(report_figure.focus([methods[0].runs[0].peers[0].log.valid_nll()]))
 
 
 class Terminal:
@@ -532,14 +541,14 @@ class Terminal:
 
 @pytest.mark.parametrize("width, term", [(20, "xterm"), (60, "xterm"), (120, "xterm"), (300, "xterm"), (80, "dumb")])
 def test_no_terminal_cuts_a_number(root, monkeypatch, width, term):
-    methods, _ = report.load_methods([f"[i]a={root / 'alone'}", str(root)])
-    table = report.rows(methods, report.columns(methods), per_peer=True)
+    methods, _ = report_files.load_methods([f"[i]a={root / 'alone'}", str(root)])
+    table = report_table.rows(methods, report_table.columns(methods), per_peer=True)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", term)
     monkeypatch.setenv("NO_COLOR", "1")
-    report.show(report.Report("title [bold]", methods, table, ["WARNING: [red]"]))
+    report_table.show(report_table.Report("title [bold]", methods, table, ["WARNING: [red]"]))
     words = "".join(terminal.text.split())
     assert all("".join(text.split()) in words for row in table[1:] for text in row[1:]), terminal.text
     assert "…" not in terminal.text and "[bold]" in terminal.text and "[red]" in terminal.text

@@ -1,0 +1,205 @@
+"""What the launcher shows: plain lines in a log, a live table on a terminal, and how each peer ended."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from .launch_peer import Peer
+from .launch_plan import Plan
+
+PLAIN_SECONDS = 10.0  # without a terminal, a peer reports at most this often between validations
+
+
+def text_of(value: Optional[float], spec: str = "") -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def duration(seconds: Optional[float]) -> str:
+    """Like 45s, 3m20s, 2h05m, 1d02h."""
+    if seconds is None:
+        return "-"
+    minutes, left = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{left:02d}s" if minutes else f"{left}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24:02d}h"
+
+
+def sparkline(values: Sequence[float], width: int = 10) -> str:
+    """The course of the last values, one sign each: low ▁ to high █."""
+    shown = [value for value in values[-width:] if value == value and abs(value) != float("inf")]
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low or 1.0))] for value in shown)
+
+
+def progress_line(peer: Peer) -> str:
+    """One peer's progress as plain words, only what its log has told."""
+    seen = peer.progress
+    share = f" ({seen.update / seen.total:.0%})" if seen.update is not None and seen.total else ""
+    parts = [f"{peer.name} {peer.state}", f"update {text_of(seen.update)}/{text_of(seen.total)}{share}"]
+    parts += [f"epoch {seen.epoch}"] if seen.epoch is not None else []
+    parts += [f"loss {seen.train_nll:.3f}"] if seen.train_nll is not None else []
+    parts += [f"valid nll {seen.valid_nll:.3f} (best {seen.best_valid_nll:.3f})"] if seen.validations else []
+    parts += [f"alpha {seen.alpha:.3g}"] if seen.alpha is not None else []
+    parts += [f"staleness {seen.staleness:.0f}"] if seen.staleness is not None else []
+    parts += [f"agreement {seen.agreement:.0%}"] if seen.agreement is not None else []
+    parts += [f"{seen.ups:.3g} updates/s, {duration(seen.seconds_left)} left"] if seen.ups else []
+    return " | ".join(parts)
+
+
+class PlainView:
+    """One line for each validation of a peer, and now and then between: for logs, so without control codes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.began = time.monotonic()
+        self._told: dict[str, tuple[float, int, Optional[int]]] = {}  # peer: when, validations, update
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def tell(self, text: str, is_error: bool = False) -> None:
+        """Say something that happened once."""
+        print(text, flush=True)
+
+    def update(self, peers: Sequence[Peer]) -> None:
+        """Show where the peers are."""
+        now = time.monotonic()
+        for peer in peers:
+            seen = peer.progress
+            when, validations, update = self._told.get(peer.name, (self.began, 0, None))
+            is_due = seen.update != update and now - when >= PLAIN_SECONDS
+            if is_due or len(seen.validations) != validations:
+                self._told[peer.name] = (now, len(seen.validations), seen.update)
+                self.tell(f"{time.strftime('%H:%M:%S')} {progress_line(peer)}")
+
+
+class LiveView(PlainView):
+    """A table of all peers that is drawn anew in its place; what happens once is printed above it."""
+
+    STYLES = {"training": "green", "validating": "cyan", "finished": "bold green", "failed": "bold red"}
+
+    def __init__(self, plan: Plan) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        super().__init__(plan)
+        self.console = Console(highlight=False)
+        self.is_utf8 = self.console.encoding.startswith("utf")
+        self._spinners: dict[str, Any] = {}
+        self._live = Live(console=self.console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> LiveView:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.__exit__(None, None, None)
+
+    def tell(self, text: str, is_error: bool = False) -> None:
+        from rich.text import Text
+
+        first, newline, rest = text.partition("\n")
+        self.console.print(Text(first, "bold red" if is_error else "") + Text(newline + rest, "dim"), soft_wrap=True)
+
+    def update(self, peers: Sequence[Peer]) -> None:
+        from rich import box
+        from rich.markup import escape
+        from rich.panel import Panel
+
+        elapsed = duration(time.monotonic() - self.began)
+        title = f"codistill-launch · {len(peers)} peer{'s' if len(peers) > 1 else ''} · {elapsed}"
+        subtitle = escape(f"tail -f {self.plan.run_dir}/peer*/train.log · Ctrl-C stops all")
+        panel = Panel(self._table(peers), title=title, subtitle=subtitle, box=box.ROUNDED, border_style="dim")
+        self._live.update(panel, refresh=True)
+
+    def _table(self, peers: Sequence[Peer]) -> Any:
+        from rich.table import Table
+
+        columns = [column for column in self._columns(peers) if column[1] <= self.console.width]
+        table = Table(box=None, expand=True, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+        for name, _, _ in columns:
+            justify = "left" if name in ("peer", "state", "progress", "") else "right"
+            table.add_column(name, justify=justify, ratio=1 if name == "progress" else None, no_wrap=True)
+        for peer in peers:
+            table.add_row(*(cell(peer) for _, _, cell in columns))
+        return table
+
+    def _columns(self, peers: Sequence[Peer]) -> list[tuple[str, int, Any]]:
+        """Name, the narrowest terminal that shows it, and the cell. What no peer logs has no column."""
+
+        def logged(name: str) -> int:
+            return 0 if any(getattr(peer.progress, name) is not None for peer in peers) else sys.maxsize
+
+        return [
+            ("peer", 0, lambda peer: str(peer.plan.index)),
+            ("state", 0, self._state),
+            ("progress", 0, self._bar),
+            ("update", 0, lambda peer: f"{text_of(peer.progress.update)}/{text_of(peer.progress.total)}"),
+            ("epoch", 90, lambda peer: text_of(peer.progress.epoch)),
+            ("loss", 0, lambda peer: text_of(peer.progress.train_nll, ".3f")),
+            ("valid", 0, self._valid),
+            ("best", 100, lambda peer: text_of(peer.progress.best_valid_nll, ".3f")),
+            ("", 120 if self.is_utf8 else sys.maxsize, lambda peer: sparkline(peer.progress.validations)),
+            ("alpha", logged("alpha"), lambda peer: text_of(peer.progress.alpha, ".3g")),
+            ("stale", max(80, logged("staleness")), lambda peer: text_of(peer.progress.staleness, ".0f")),
+            ("agree", max(100, logged("agreement")), lambda peer: text_of(peer.progress.agreement, ".0%")),
+            ("upd/s", 110, lambda peer: text_of(peer.progress.ups, ".3g")),
+            ("left", 0, lambda peer: duration(peer.progress.seconds_left)),
+            ("restarts", 0 if any(peer.restarts for peer in peers) else sys.maxsize, lambda peer: str(peer.restarts)),
+        ]
+
+    def _state(self, peer: Peer) -> Any:
+        from rich.spinner import Spinner
+        from rich.text import Text
+
+        style = self.STYLES.get(peer.state.split()[0], "yellow")
+        if peer.status is not None:
+            return Text(peer.state, style)
+        spinner = self._spinners.setdefault(peer.name, Spinner("dots" if self.is_utf8 else "line"))
+        spinner.update(text=Text(peer.state, style), style=style)
+        return spinner
+
+    @staticmethod
+    def _bar(peer: Peer) -> Any:
+        from rich.progress_bar import ProgressBar
+
+        total = peer.progress.total
+        return ProgressBar(total=total or 1, completed=peer.progress.update or 0 if total else 0)
+
+    @staticmethod
+    def _valid(peer: Peer) -> Any:
+        from rich.text import Text
+
+        seen = peer.progress
+        is_best = bool(seen.validations) and seen.valid_nll == seen.best_valid_nll
+        return Text(text_of(seen.valid_nll, ".3f"), "bold green" if is_best else "")
+
+
+def print_summary(plan: Plan, peers: Sequence[Peer]) -> None:
+    """How each peer ended, where its log is, and what to do next."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    plain = {} if sys.stdout.isatty() else {"force_terminal": False, "color_system": None, "width": 160}
+    console = Console(highlight=False, markup=False, **plain)
+    table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD)
+    for name in ("peer", "status", "updates", "best valid nll", "restarts", "time", "log"):
+        table.add_column(name, justify="left" if name in ("status", "log") else "right", overflow="fold")
+    for peer in peers:
+        best, update = text_of(peer.progress.best_valid_nll, ".3f"), text_of(peer.progress.update)
+        row = (peer.plan.index, peer.state, update, best, peer.restarts, duration(peer.seconds), peer.plan.log)
+        table.add_row(*map(str, row))
+    console.print(table)
+    if any(peer.stopping and peer.progress.update for peer in peers):
+        console.print("The same command again goes on from the last checkpoints.", soft_wrap=True)
+    if any(peer.progress.validations for peer in peers):
+        console.print(f"Table and curves:  codistill-report {shlex.quote(plan.run_dir)}", soft_wrap=True)

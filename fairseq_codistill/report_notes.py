@@ -1,0 +1,86 @@
+"""The lines under the table: what the numbers are, and whatever keeps them from being compared."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from .fairseq_log import as_float
+from .report_log import TrainLog
+from .report_summary import Method
+
+SPREAD = (
+    "The value of a seed is the mean over its peers; with several seeds: the seeds' mean ± their sample standard "
+    "deviation (n − 1)."
+)
+UNITS = {
+    "NLL": "bits per target token (base 2), on the validation set, of a peer's own model",
+    "ppl": "2 to the best NLL",
+    "at update": "the update of the best NLL",
+    "training seconds": "wall clock with validation, all restarts together",
+}
+
+
+def notes(methods: Sequence[Method]) -> list[str]:
+    """What the numbers are, and whatever keeps them from being compared."""
+    peers = [pair for method in methods for pair in method.peers()]
+    lines = ["; ".join(f"{name}: {meaning}" for name, meaning in UNITS.items()) + ".", SPREAD]
+    if any(peer.log.doubled for _, peer in peers):
+        lines.append(
+            "† fairseq's R-Drop criterion runs every batch twice, in validation too, so its log holds twice the true "
+            "NLL: halved here."
+        )
+    lines += _dropped_sentences([peer.log for _, peer in peers])
+    lines += _signatures(methods)
+    lines += [line for method in methods for line in _missing_scores(method)]
+    unfinished = [f"{name} ({_progress(peer.log)})" for name, peer in peers if not peer.log.finished]
+    if unfinished:
+        lines.append(f"Still running, or ended early (no 'done training' in the log): {some(unfinished)}.")
+    diverged = [name for name, peer in peers if not all(math.isfinite(value) for _, value in peer.log.valid_nll())]
+    if diverged:
+        lines.append(f"WARNING: some validation losses are not finite, and never count as best: {some(diverged)}.")
+    return lines
+
+
+def some(names: Sequence[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _progress(log: TrainLog) -> str:
+    limit = as_float(log.settings.get("max_update")) or 0
+    return f"update {log.update:,}" + (f" of {limit:,.0f}" if limit else "")
+
+
+def _dropped_sentences(logs: Sequence[TrainLog]) -> list[str]:
+    multiple = max(int(as_float(log.settings.get("required_batch_size_multiple")) or 1) for log in logs)
+    if multiple == 1:
+        return []
+    return [
+        f"fairseq leaves up to {multiple - 1} sentences out of validation when --required-batch-size-multiple is "
+        f"{multiple}, as here; with 1 it keeps them all."
+    ]
+
+
+def _signatures(methods: Sequence[Method]) -> list[str]:
+    users: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))  # key, signature, labels
+    for method in methods:
+        for score in method.scores():
+            users[score.key][score.signature][method.label] = None
+    lines = []
+    for key, found in sorted(users.items()):
+        if len(found) == 1:
+            lines.append(f"{key}: sacreBLEU {next(iter(found))}")
+        else:
+            each = "; ".join(f"{signature} in {some(list(found[signature]))}" for signature in sorted(found))
+            lines.append(f"WARNING: {key} must not be compared, for the sacreBLEU signatures differ: {each}.")
+    return lines
+
+
+def _missing_scores(method: Method) -> list[str]:
+    lines = []
+    for key in sorted({score.key for _, peer in method.peers() for score in peer.scores}):
+        missing = [name for name, peer in method.peers() if key not in {score.key for score in peer.scores}]
+        if missing:
+            lines.append(f"{key} is not there (yet) for {some(missing)}; the mean is over the others.")
+    return lines

@@ -13,6 +13,7 @@ import types
 import typing
 from typing import List
 
+import fairseq
 import numpy
 import torch
 
@@ -27,6 +28,18 @@ def provide_removed_numpy_names() -> None:
     """`numpy.compat.long`, gone since numpy 2.2: fairseq's language modeling by sentences (`TokenBlockDataset`) asks for it."""
     if not hasattr(numpy, "compat"):
         numpy.compat = types.SimpleNamespace(long=int)
+
+
+def avoid_broken_fast_path() -> None:
+    """Stock fairseq 0.12.2 calls a fused encoder layer in evaluation, without an argument that torch ≥ 2.0 demands.
+
+    `fairseq-generate` dies of it with "Mask Type should be defined". The ordinary path gives the same numbers.
+    """
+    from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+
+    if fairseq.__version__ == "0.12.2":
+        # Each layer sets this attribute to True for itself; a property of the class has the last word.
+        TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)
 
 
 def checkpoint_classes() -> List[object]:

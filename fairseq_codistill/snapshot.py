@@ -24,6 +24,8 @@ MANIFEST_LIMIT = 1 << 20  # bytes; a manifest is small, and is read before anyth
 _HEADER_LIMIT = 1 << 20  # bytes that names, shapes and padding may add to the weights
 _FILE_NAME = re.compile(r"u\d{9}\.safetensors")
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
+# fairseq's sinusoidal positions keep one uninitialised number to know their dtype by: noise, and at times not finite.
+_NO_WEIGHT = "_float_tensor"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Weights = Dict[str, Tensor]
@@ -113,7 +115,7 @@ def tensors_of(model: nn.Module) -> Weights:
     tensors: Weights = {}
     seen = set()
     for name, tensor in model.state_dict().items():
-        if not torch.is_tensor(tensor):
+        if not torch.is_tensor(tensor) or name.split(".")[-1] == _NO_WEIGHT:
             continue
         key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and key in seen:

@@ -103,4 +103,5 @@ def test_no_path_of_one_machine_in_what_we_ship(forbidden):
     for folder in ("fairseq_codistill", "recipes", "data_prep", "benchmarks"):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix in (".py", ".sh", ".md", ".txt", ".json", ".log"):
-                assert forbidden not in path.read_text(encoding="utf-8", errors="replace"), path
+                text = path.read_text(encoding="utf-8", errors="replace").replace("/tmp/plasma", "")  # a default of fairseq
+                assert forbidden not in text, path

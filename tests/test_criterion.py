@@ -81,6 +81,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_plain_formula(setting):
     assert sample_size == setting.sample["ntokens"]
     agreement = (own.argmax(-1) == peer.argmax(-1))[kept].sum()
     assert log["codistill_agreement"] == agreement and log["codistill_staleness"] == 3.0 * kept.sum()
+    own_teaching = Teaching(1.0, [setting.model], 0.0)
+    _, _, log = criterion(setting.model, {**setting.sample, hook.TEACHING: own_teaching})
+    assert log["codistill_agreement"] == kept.sum() < kept.numel(), "with itself it agrees but at padding"
 
 
 def test_reduce_false_gives_the_loss_of_each_position(setting):

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 from fairseq_runs import PLUGIN, ROOT
@@ -98,7 +99,7 @@ def test_the_readmes_files_exist():
         assert (ROOT / target).exists(), f"the README points to {target}, which is not there"
 
 
-@pytest.mark.parametrize("forbidden", ["/work/", "/root/", "/tmp/"])
+@pytest.mark.parametrize("forbidden", [f"{ROOT}/", f"{Path.home()}/", "/tmp/"])
 def test_no_path_of_one_machine_in_what_we_ship(forbidden):
     for folder in ("fairseq_codistill", "recipes", "data_prep", "benchmarks"):
         for path in (ROOT / folder).rglob("*"):

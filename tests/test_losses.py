@@ -121,8 +121,8 @@ def test_finite_in_half_precision(name, aggregate, dtype):
 
 def test_a_small_gradient_survives_fp16_when_the_loss_is_scaled():
     """∂mse/∂own is about 1/V: below fp16's smallest number for a large V, unless the loss scale comes first."""
-    own = torch.zeros(1, 4, dtype=torch.float16, requires_grad=True)
-    (pairwise("mse", own, [torch.full((1, 4), 1e-7, dtype=torch.float16)]) * 2**20).sum().backward()
+    own = torch.zeros(1, 64, dtype=torch.float16, requires_grad=True)
+    (pairwise("mse", own, [torch.full((1, 64), 1e-7, dtype=torch.float16)]) * 2**20).sum().backward()
     assert own.grad.abs().min() > 0
 
 

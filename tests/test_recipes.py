@@ -354,18 +354,18 @@ def test_sweep_stops_what_it_started(prepared, tmp_path):
     told = tmp_path / "told"
     os.mkfifo(told)
     launcher = tmp_path / "launcher"
-    launcher.write_text(f"#!/bin/sh\necho $$ >{told}\nexec sleep 300\n")
+    launcher.write_text(f"#!/bin/sh\nexec 3>{told}\necho begun >&3\nexec sleep 100000\n")
     launcher.chmod(0o755)
     process = subprocess.Popen(
         [sys.executable, str(RECIPE / "sweep.py"), "--data", str(prepared), "--out", str(tmp_path / "runs")],
         env={**os.environ, "CODISTILL_LAUNCH": str(launcher)},
         stdout=subprocess.DEVNULL,
     )
-    pid = int(told.read_text())  # blocks until the run has begun
-    process.terminate()
-    assert process.wait(30) == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    with open(told) as line:  # blocks until the run has begun
+        assert line.readline() == "begun\n"
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+        assert line.read() == "", "the pipe ends when nobody holds it any more: what was started is gone"
 
 
 TINY = dict(LAYERS=1, WIDTH=16, FFN=16, HEADS=2, UPDATES=6, INTERVAL=2, VALIDATE=2, WARMUP=2, TOKENS=100)

@@ -101,7 +101,7 @@ def test_a_reader_that_has_begun_keeps_the_old_version_whole(tmp_path):
     """A write goes to another file, which then takes the name; written in place it would change under the reader."""
     store = DirectoryStore(str(tmp_path))
     store.write("x", b"old" * 1000)
-    with open(tmp_path / "x", "rb") as reader:
+    with open(tmp_path / "x", "rb", buffering=0) as reader:
         assert reader.read(3) == b"old"
         store.write("x", b"new" * 500)
         reader.seek(0)

@@ -1,14 +1,14 @@
 """Who teaches me now: holds the peers' stale copies, exchanges snapshots when due, and knows each one's age.
 
-Every rank of a data-parallel group has a codistiller; rank 0 alone touches the exchange, and its decision and the
-weights that it read are broadcast, so that all ranks hold the same peers at the same update.
+Every rank of a data-parallel group has a codistiller; rank 0 alone has a courier, which touches the exchange. Its decision
+and the weights that it read are broadcast, so that all ranks hold the same peers at the same update; what is late is
+skipped by all of them together.
 Training never stops because of a peer: whatever is wrong with one is a warning, and costs at most its teaching.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import time
 from dataclasses import dataclass, field
@@ -18,15 +18,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .courier import Courier
 from .exchange import Exchange, Run
+from .manifest import BadSnapshot, Manifest
+from .replica import freeze, replica
 from .schedules import alpha_at
-from .snapshot import BadSnapshot, Manifest, Weights, copy_of, fingerprint, tensors_of
+from .snapshot import Weights, fingerprint, tensors_of
 from .topology import Edge, learners_of, teachers_of
 
 logger = logging.getLogger(__name__)
 
 LOCKSTEP_WAIT = 600.0  # seconds; in lockstep a peer that is this late is taken for dead
 _LOOK_AGAIN = 0.05  # seconds between looks at the exchange while waiting; other machines cannot wake us
+_SLICE = 30.0  # seconds after which waiting ranks hear from rank 0, far below what a process group takes for a hang
+_LATE_LOOKS = 10  # looks in an interval for a snapshot that was not there when the exchange was due
+_LAST_PUBLISH = 300.0  # seconds to wait for the storage when training has ended
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,9 @@ class Codistiller:
 
     `edges`: see `topology`; `wait`: seconds to wait at the start for the first snapshots; `max_staleness`: updates after
     which a snapshot no longer teaches; `lockstep`: wait for the teachers' snapshot of the very same update;
-    `needs_peers`: False for the smoothing controls, which teach without a peer; `frozen`: offline teachers.
+    `wire_dtype`: what floats travel as (None: float32 as bfloat16, others as they are); `in_background`: exchange beside
+    the training, unless in lockstep; `updates`: where training ends, if known; `needs_peers`: False for the smoothing
+    controls, which teach without a peer; `frozen`: offline teachers.
     """
 
     peer: int
@@ -102,6 +110,9 @@ class Codistiller:
     needs_peers: bool = True
     frozen: Sequence[nn.Module] = ()
     model_config: Dict[str, Any] = field(default_factory=dict)
+    wire_dtype: Optional[torch.dtype] = None
+    in_background: bool = True
+    updates: Optional[int] = None
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
 
@@ -110,8 +121,11 @@ class Codistiller:
         self.valid_loss: Optional[float] = None
         self._model: Optional[nn.Module] = None
         self._update: Optional[int] = None
+        self._started = 0  # my first update in this life
         self._held: Dict[int, _Held] = {}
-        self._warned: Set[Tuple[int, str]] = set()
+        self._due: List[int] = []  # teachers of whom nothing new has come since the exchange was due
+        self._courier: Optional[Courier] = None  # rank 0's alone
+        self._exchanged: Optional[float] = None  # when, by time.monotonic
         self._checkpoints = (0, 0)  # updates of the last checkpoint but one, and of the last
         self._left = False
 
@@ -126,7 +140,7 @@ class Codistiller:
         """`model`: the unwrapped one, on its device and in its dtype."""
         self.epoch, self._model = epoch, model
         for teacher in self.frozen:
-            _freeze(teacher, next(model.parameters()).device, self.peer_dtype or _dtype_of(model))
+            freeze(teacher, next(model.parameters()).device, self.peer_dtype or _dtype_of(model))
 
     def checkpointed(self) -> None:
         """A checkpoint is being written. Only the one before it is sure to be whole, should I be killed now."""
@@ -139,10 +153,8 @@ class Codistiller:
         """
         if update != self._update:
             first, self._update = self._update is None, update
-            if first and self.exchange is not None:
-                self._begin(update)
-            if self.exchange is not None and (first or update % self.interval == 0):
-                self._exchange(update, first)
+            if self.exchange is not None:
+                self._exchange_if_due(update, first)
         alpha = self.schedule.at(self.epoch, update)
         if alpha == 0:
             return None
@@ -156,49 +168,82 @@ class Codistiller:
         ages = [update - held.manifest.update for held in fresh]
         return Teaching(alpha, [held.model for held in fresh], sum(ages) / len(ages))
 
+    def drain(self, seconds: float) -> None:
+        """Wait for what is being published, but no longer than `seconds`; nothing new is begun."""
+        if self._courier is not None:
+            self._courier.drain(seconds)
+
     def end(self, completed: bool) -> None:
         """Training is over: publish the last weights, so that a slower peer still has a teacher, and leave."""
         if self._left or self.exchange is None or not self._leads:
             return
         self._left = True
-        if completed and self._update is not None:
-            self._publish(self._update + 1, done=True)
+        if self._courier is not None:
+            self._courier.drain(_LAST_PUBLISH)
+            if completed:
+                self._publish(self._update + 1, done=True)
+                self._courier.drain(_LAST_PUBLISH)
+            self._courier.totals.updates = self._update + 1 - self._started
+            self._courier.stop("ended" if completed else "stopped")
         self.exchange.leave()
 
-    # The exchange.
+    # The exchange. Every rank of a group goes through it; only rank 0 has a courier.
 
     def _begin(self, update: int) -> None:
         self._checkpoints = (update, update)  # what I resumed from is there
+        self._started = update
         if self._leads:
-            self.exchange.begin(update, fingerprint(self._model))
+            architecture = fingerprint(self._model)
+            self.exchange.begin(update, architecture)
+            wire = self.wire_dtype or (torch.bfloat16 if _dtype_of(self._model) == torch.float32 else None)
+            self._courier = Courier(
+                self.exchange, self._teachers, architecture, tensors_of(self._model), wire,
+                self.in_background and not self.lockstep, self.updates, self.clock,
+            )  # fmt: skip
+            self._courier.start()
+
+    def _exchange_if_due(self, update: int, first: bool) -> None:
+        if first:
+            self._begin(update)
+        is_due = first or update % self.interval == 0
+        # What came too late for the exchange is not left to lie until the next one.
+        is_late = self._due and not self.lockstep and update % max(1, self.interval // _LATE_LOOKS) == 0
+        if not is_due and not is_late:
+            return
+        start = time.perf_counter()
+        if is_due:
+            self._exchange(update, first)
+        else:
+            self._reload()
+        if self._leads:
+            self._courier.totals.visible_s += time.perf_counter() - start
+            if first:
+                self._courier.watch()
 
     def _exchange(self, update: int, first: bool) -> None:
-        news: List[Tuple[int, Manifest, Weights]] = []
         if self._leads:
+            now = time.monotonic()
+            seconds, self._exchanged = None if first else now - self._exchanged, now
+            self._courier.at(update, {peer: held.manifest.update for peer, held in self._held.items()}, seconds)
             if update % self.interval == 0:
                 self._publish(update, done=False)
-            if first:
-                self._wait_for_company()
-            # In lockstep a run resumed between two exchanges goes back to what was held there.
-            news = self._collect(update - update % self.interval)
-        for peer, manifest in self._share([(peer, manifest) for peer, manifest, _ in news]):
-            weights = next((w for p, _, w in news if p == peer), None)
-            self._take(peer, manifest, weights)
+        if first and self.wait:
+            self._wait_for_company()
+        self._due = list(self._teachers)
+        if not self.lockstep:
+            self._reload(first)
+        # In lockstep a run resumed between two exchanges goes back to what was held there.
+        elif update >= self.interval:
+            self._meet(update - update % self.interval)
+            self._reload(True, update - update % self.interval)
 
     def _publish(self, update: int, done: bool) -> None:
-        start = time.perf_counter()
-        try:
-            manifest = self.exchange.publish(
-                copy_of(self._model), update, self._needed_from() if self.lockstep else None,
-                epoch=self.epoch, fingerprint=fingerprint(self._model), model=self.model_config, time=self.clock(),
-                valid_loss=self.valid_loss, resumes_from=self._checkpoints[0], done=done,
-            )  # fmt: skip
-        except (OSError, BadSnapshot) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            logger.warning(f"codistillation: the snapshot of update {update} was not published: {reason}; training goes on")
-            return
-        seconds = time.perf_counter() - start
-        logger.info(f"codistillation: published update {update}, {manifest.bytes / 1e6:.1f} MB in {seconds:.2f} s")
+        needed_from = self._needed_from() if self.lockstep else None
+        self._courier.publish(
+            tensors_of(self._model), update, needed_from, epoch=self.epoch, fingerprint=self._courier.fingerprint,
+            model=self.model_config, time=self.clock(), valid_loss=self.valid_loss,
+            resumes_from=self._checkpoints[0], done=done,
+        )  # fmt: skip
 
     def _needed_from(self) -> int:
         """The earliest update at which a learner of mine would resume if it died now: what lockstep must still find."""
@@ -209,42 +254,39 @@ class Codistiller:
                 updates.append(manifest.resumes_from if manifest else 0)
         return min(updates, default=0) // self.interval * self.interval
 
+    def _reload(self, look: bool = False, update: Optional[int] = None) -> None:
+        """Put what the courier has ready into the peers, on every rank. `look`: read now what is there, of `update`."""
+        news: List[Tuple[int, Manifest, Weights]] = []
+        if self._leads:
+            for teacher in self._due:
+                if look or not self.in_background:
+                    self._courier.look(teacher, update)
+                found = self._courier.take(teacher)
+                if found is not None:
+                    news.append((teacher, *found))
+            self._courier.warn_of_silent(self._due, self._update)
+        for peer, manifest in self._share([(peer, manifest) for peer, manifest, _ in news]):
+            self._take(peer, manifest, next((weights for p, _, weights in news if p == peer), None))
+            self._due.remove(peer)
+
     def _wait_for_company(self) -> None:
+        if self._await(lambda: all(self._look(teacher, None) for teacher in self._teachers), self.wait) or not self._leads:
+            return
         for teacher in self._teachers:
-            if not self._await(lambda t=teacher: self._look(t, None) is not None, self.wait) and self.wait:
+            if self._look(teacher, None) is None:
                 logger.warning(
                     f"codistillation: peer {teacher} has not appeared in {self.exchange.store} within {self.wait:g} s "
                     "(--codistill-wait); training starts without it"
                 )
 
-    def _collect(self, exchange_update: int) -> List[Tuple[int, Manifest, Weights]]:
-        """The teachers' new snapshots, verified. A snapshot of update 0 only says "I am here": it has learnt nothing."""
-        news = []
+    def _meet(self, update: int) -> None:
+        """Lockstep: wait until each teacher has published `update`, or has ended before it."""
+        everybody = lambda: all(self._look(teacher, update) for teacher in self._teachers)  # noqa: E731
+        if self._await(everybody, self.wait or LOCKSTEP_WAIT) or not self._leads:
+            return
         for teacher in self._teachers:
-            try:
-                manifest = self._choose(teacher, exchange_update)
-                if manifest is None and exchange_update > 0:
-                    where = self.exchange.store
-                    self._warn(teacher, f"it has published nothing in {where} yet; does it run, and see this directory?")
-                if manifest is None or manifest.update == 0 or manifest == self._manifest_held(teacher):
-                    continue
-                weights = self.exchange.fetch(teacher, manifest, fingerprint(self._model), tensors_of(self._model))
-                if weights is not None:
-                    news.append((teacher, manifest, weights))
-                    self._warned = {(peer, what) for peer, what in self._warned if peer != teacher}
-            except (BadSnapshot, OSError) as error:
-                self._warn(teacher, f"its snapshot is refused: {error}.")
-        return news
-
-    def _choose(self, teacher: int, exchange_update: int) -> Optional[Manifest]:
-        if not self.lockstep:
-            return self.exchange.newest(teacher)
-        if exchange_update == 0:
-            return None
-        found = self._await(lambda: self._look(teacher, exchange_update) is not None, self.wait or LOCKSTEP_WAIT)
-        if not found:
-            self._warn(teacher, f"lockstep is broken: no snapshot of update {exchange_update} has come in time.")
-        return self._look(teacher, exchange_update) or self.exchange.newest(teacher)
+            if self._look(teacher, update) is None:
+                self._courier.warn(teacher, f"lockstep is broken: no snapshot of update {update} has come in time.")
 
     def _look(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:
         """The teacher's snapshot of `update`, or its last if it will make no more; with None, its newest."""
@@ -254,35 +296,50 @@ class Codistiller:
                 newest = self.exchange.newest(teacher)
                 manifest = newest if newest is not None and newest.done and newest.update < update else None
             return manifest
-        except BadSnapshot:
+        except (BadSnapshot, OSError):
             return None
 
     def _await(self, ready: Callable[[], bool], seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while not ready():
-            if time.monotonic() >= deadline:
-                return False
-            self.sleep(_LOOK_AGAIN)
-        return True
+        """Wait until rank 0 finds it `ready`, on all ranks. In slices: a process group takes long silence for a hang."""
+        start, deadline = time.monotonic(), time.monotonic() + seconds
+        answer = None
+        while answer is None:
+            slice_end = time.monotonic() + _SLICE
+            while self._leads and answer is None and time.monotonic() < slice_end:
+                if ready():
+                    answer = True
+                elif time.monotonic() >= deadline:
+                    answer = False
+                else:
+                    self.sleep(_LOOK_AGAIN)
+            answer = self._share(answer)
+        if self._leads:
+            seconds = time.monotonic() - start
+            self._courier.totals.waited_s += seconds
+            self._courier.totals.visible_s -= seconds  # waiting was asked for
+        return answer
 
-    def _share(self, chosen: List[Tuple[int, Manifest]]) -> List[Tuple[int, Manifest]]:
-        """Rank 0's choice, on every rank of the group."""
+    def _share(self, what: Any) -> Any:
+        """Rank 0's decision, on every rank of the group."""
         if not _grouped():
-            return chosen
-        box = [chosen]  # pickled, but only between the ranks of one peer
+            return what
+        box = [what]  # pickled, but only between the ranks of one peer
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def _take(self, peer: int, manifest: Manifest, weights: Optional[Weights]) -> None:
         """Put a snapshot into the peer's model; ranks other than 0 get the tensors from rank 0."""
+        start = time.perf_counter()
         held = self._held.get(peer)
-        model = held.model if held else _replica(self._model, self.peer_dtype)
+        model = held.model if held else replica(self._model, self.peer_dtype)
         for name, tensor in tensors_of(model).items():
             if weights is not None:
                 tensor.copy_(weights[name])
             if _grouped():
                 dist.broadcast(tensor, src=0)
         self._held[peer] = _Held(model, manifest)
+        if self._leads:
+            self._courier.copied(time.perf_counter() - start)
         logger.info(f"codistillation: learning from peer {peer} as of its update {manifest.update}")
 
     # Small questions.
@@ -295,16 +352,8 @@ class Codistiller:
     def _teachers(self) -> List[int]:
         return teachers_of(self.peer, self.edges)
 
-    def _manifest_held(self, peer: int) -> Optional[Manifest]:
-        return self._held[peer].manifest if peer in self._held else None
-
     def _may_teach(self, held: _Held, update: int) -> bool:
         return self.max_staleness is None or update - held.manifest.update <= self.max_staleness
-
-    def _warn(self, peer: int, what: str) -> None:
-        if (peer, what) not in self._warned:
-            self._warned.add((peer, what))
-            logger.warning(f"codistillation: peer {peer}: {what} Training goes on with what it holds.")
 
 
 def _grouped() -> bool:
@@ -313,23 +362,6 @@ def _grouped() -> bool:
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
-def _replica(model: nn.Module, dtype: Optional[torch.dtype]) -> nn.Module:
-    """A frozen copy of `model` to hold a peer's weights. It draws no random numbers, so training is not disturbed."""
-    memo: Dict[int, Any] = {}
-    for module in model.modules():
-        for value in list(vars(module).values()):
-            # Derived tensors (weight_norm's `weight`) refuse to be copied; they are computed anew in each forward.
-            if torch.is_tensor(value) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)  # without its gradient
-    return _freeze(copy.deepcopy(model, memo), None, dtype)
-
-
-def _freeze(model: nn.Module, device: Optional[torch.device], dtype: Optional[torch.dtype]) -> nn.Module:
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def _cast(value: Any, dtype: Optional[torch.dtype]) -> Any:

@@ -18,6 +18,7 @@ from .topology import edges_of
 
 ENVIRONMENT = {"codistill_peer": "CODISTILL_PEER", "codistill_peers": "CODISTILL_PEERS", "codistill_dir": "CODISTILL_DIR"}
 PEER_DTYPES = ("fp32", "bf16", "fp16")
+WIRE_DTYPES = (*PEER_DTYPES, "int8")
 
 
 def _option(default, help: str):
@@ -29,7 +30,9 @@ def _option(default, help: str):
 class CodistillConfig(FairseqDataclass):
     codistill_peer: Optional[int] = _option(None, "my index among the peers, 0 … n−1 (default: $CODISTILL_PEER, else 0)")
     codistill_peers: Optional[int] = _option(None, "number of peers (default: $CODISTILL_PEERS, else 1)")
-    codistill_dir: Optional[str] = _option(None, "directory where snapshots are exchanged (default: $CODISTILL_DIR)")
+    codistill_dir: Optional[str] = _option(
+        None, "where snapshots are exchanged: a directory, or a URL such as s3://bucket/run (default: $CODISTILL_DIR)"
+    )
     codistill_interval: int = _option(2500, "updates between publishing my weights and reloading the peers'")
     codistill_loss: ChoiceEnum([*DISTANCES, *CONTROLS]) = _option(
         "mse", "distance to the peers' predictions; uniform and unigram are the smoothing controls, without a peer"
@@ -51,6 +54,9 @@ class CodistillConfig(FairseqDataclass):
     codistill_peer_dtype: Optional[ChoiceEnum(list(PEER_DTYPES))] = _option(
         None, "precision of the peers' weights and forward (default: the model's)"
     )
+    codistill_wire_dtype: Optional[ChoiceEnum(list(WIRE_DTYPES))] = _option(
+        None, "precision in which weights travel (default: bf16 for an fp32 model, else the model's)"
+    )
     codistill_sync: bool = _option(False, "lockstep: wait for the peers' snapshot of the same update (reproducible runs)")
     codistill_wait: float = _option(
         0.0, "seconds to wait at the start for the peers' first snapshots; with --codistill-sync, for each (0: 600)"
@@ -70,6 +76,7 @@ class CodistillConfig(FairseqDataclass):
     ddp_backend: str = II("distributed_training.ddp_backend")
     model_parallel_size: int = II("common.model_parallel_size")
     train_subset: str = II("dataset.train_subset")
+    max_update: int = II("optimization.max_update")
 
 
 def read_environment(cfg: CodistillConfig) -> CodistillConfig:
@@ -149,7 +156,7 @@ def _check_peers(cfg: CodistillConfig) -> None:
         raise ValueError(f"codistill_peer must be between 0 and {peers - 1} with {peers} peers, but is {peer} instead{forgot}")
     if peers > 1 and not cfg.codistill_dir and not cfg.codistill_teacher:
         raise ValueError(
-            f"codistill_dir must name a directory that all {peers} peers see, but is not given; "
+            f"codistill_dir must name a directory (or URL) that all {peers} peers see, but is not given; "
             "did you forget --codistill-dir (or CODISTILL_DIR)?"
         )
     edges_of(cfg.codistill_topology, peers)

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from . import config, hook
 from .codistiller import AlphaSchedule, Codistiller, Teaching
-from .exchange import Exchange, Run, open_store
+from .exchange import Exchange, Run
 from .losses import AGGREGATES, CONTROLS, uniform, unigram
+from .stores import open_store
 from .topology import edges_of
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, None: None}
 
 
 @register_criterion("codistill_ce", dataclass=config.CodistillConfig)
@@ -159,7 +160,9 @@ def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
     control = str(cfg.codistill_loss) in CONTROLS
     peer, peers = cfg.codistill_peer, cfg.codistill_peers
     exchanges = peers > 1 and not control and not cfg.codistill_teacher
-    dtype = None if cfg.codistill_peer_dtype is None else str(cfg.codistill_peer_dtype)
+    peer_dtype, wire_dtype = (
+        _DTYPES[None if value is None else str(value)] for value in (cfg.codistill_peer_dtype, cfg.codistill_wire_dtype)
+    )
     return Codistiller(
         peer=peer,
         peers=peers,
@@ -170,7 +173,9 @@ def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
         exchange=Exchange(open_store(cfg.codistill_dir), peer) if exchanges else None,
         edges=edges_of(cfg.codistill_topology, peers),
         interval=cfg.codistill_interval,
-        peer_dtype=_DTYPES[dtype],
+        peer_dtype=peer_dtype,
+        wire_dtype=wire_dtype,
+        updates=cfg.max_update or None,
         lockstep=cfg.codistill_sync,
         wait=cfg.codistill_wait,
         max_staleness=cfg.codistill_max_staleness,

@@ -1,198 +1,27 @@
-"""Snapshots on the move: publish, newest, fetch, retain. The only code that touches files and other processes.
-
-A store keeps named bytes and replaces them atomically; an exchange lays format 1 out in a store:
+"""Snapshots on the move: publish, newest, fetch, retain. Format 1, laid out in a store:
 
     run.json                          what all peers must agree on
     peer0/u000002500.safetensors      weights, written first
     peer0/u000002500.json             their manifest, written next
     peer0/latest.json                 the same manifest, replaced last: a reader believes only what it names
+    peer0/alive.json                  a sign of life every few seconds
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import socket
-import stat
-import tempfile
-import threading
+import time
 from dataclasses import asdict, dataclass
 from dataclasses import replace as replace_fields
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Union
 
-from .snapshot import (
-    FORMAT,
-    MANIFEST_LIMIT,
-    BadSnapshot,
-    Manifest,
-    Weights,
-    check_manifest,
-    decode,
-    describe,
-    encode,
-    manifest_name,
-)
-
-try:
-    import fcntl
-except ImportError:  # no POSIX locks on this system: two peers with one index go unnoticed
-    fcntl = None  # type: ignore[assignment]
+from .manifest import FORMAT, MANIFEST_LIMIT, BadSnapshot, Manifest, Presence, file_name, manifest_name
+from .snapshot import Buffer, Weights, check_manifest, decode, describe
+from .stores import two_peers
 
 KEEP = 3  # snapshots of a peer: one that is being read, the newest, and one between
-
-
-class MemoryStore:
-    """Named bytes in this process: peers as threads, and tests. The reference for what a store must do."""
-
-    def __init__(self) -> None:
-        self._files: Dict[str, bytes] = {}
-        self._lock = threading.Lock()
-        self._live: set = set()
-
-    def read(self, name: str, limit: int) -> Optional[bytes]:
-        """The bytes of `name`, or None where there is none. Raises BadSnapshot when they are more than `limit`."""
-        data = self._files.get(name)
-        if data is not None and len(data) > limit:
-            raise BadSnapshot(f"{name} has more than {limit} bytes")
-        return data
-
-    def write(self, name: str, data: bytes, replace: bool = True) -> bool:
-        """All of `data` or nothing. Without `replace`, False if `name` is there already. Raises OSError."""
-        with self._lock:
-            if not replace and name in self._files:
-                return False
-            self._files[name] = bytes(data)
-            return True
-
-    def remove(self, name: str) -> None:
-        self._files.pop(name, None)
-
-    def names(self, folder: str) -> List[str]:
-        """The names below `folder`, without it, sorted."""
-        start = folder + "/"
-        return sorted(name[len(start) :] for name in self._files if name.startswith(start))
-
-    def claim(self, folder: str) -> None:
-        """Hold `folder` for this peer until `release`. Raises ValueError when another live peer holds it."""
-        if folder in self._live:
-            raise ValueError(_two_peers(folder, "this process"))
-        self._live.add(folder)
-
-    def release(self, folder: str) -> None:
-        self._live.discard(folder)
-
-    def __str__(self) -> str:
-        return "memory"
-
-
-class DirectoryStore:
-    """Named bytes as files of a directory that all peers see."""
-
-    def __init__(self, root: str) -> None:
-        self.root = os.path.abspath(root)
-        self._claims: Dict[str, int] = {}
-
-    def read(self, name: str, limit: int) -> Optional[bytes]:
-        # Neither a link that leaves the directory nor a pipe that never answers is a snapshot.
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        try:
-            descriptor = os.open(os.path.join(self.root, name), flags)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise BadSnapshot(f"{name} cannot be read ({error.strerror})") from None
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise BadSnapshot(f"{name} is not a plain file")
-            if os.fstat(descriptor).st_size > limit:
-                raise BadSnapshot(f"{name} has more than {limit} bytes")
-            try:
-                return file.read(limit + 1)
-            except OSError as error:
-                raise BadSnapshot(f"{name} cannot be read ({error.strerror})") from None
-
-    def write(self, name: str, data: bytes, replace: bool = True) -> bool:
-        path = os.path.join(self.root, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=".tmp-", dir=os.path.dirname(path))
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from a peer that runs as another user
-            if not replace:
-                return _put_first(temporary, path)
-            os.replace(temporary, path)
-            return True
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(self.root, name))
-
-    def names(self, folder: str) -> List[str]:
-        try:
-            return sorted(os.listdir(os.path.join(self.root, folder)))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-    def claim(self, folder: str) -> None:
-        os.makedirs(os.path.join(self.root, folder), exist_ok=True)
-        descriptor = os.open(os.path.join(self.root, folder, "lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if fcntl is not None:
-                # A POSIX lock ends with its process, however that dies, and its data-loading children do not inherit it.
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(_two_peers(folder, holder)) from None
-            return  # a file system without locks: the check is not to be had there
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._claims[folder] = descriptor
-
-    def release(self, folder: str) -> None:
-        descriptor = self._claims.pop(folder, None)
-        if descriptor is not None:
-            os.close(descriptor)
-
-    def __str__(self) -> str:
-        return self.root
-
-
-def _put_first(temporary: str, path: str) -> bool:
-    try:
-        os.link(temporary, path)  # fails where the name is taken: the first of several writers wins, whole
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        if os.path.exists(path):
-            return False
-        os.replace(temporary, path)
-    return True
-
-
-def _two_peers(folder: str, holder: str) -> str:
-    return (
-        f"{folder} is already alive ({holder}); each peer needs an index of its own: "
-        "did you forget --codistill-peer (or CODISTILL_PEER)?"
-    )
-
-
-def open_store(url: str):
-    """The store that --codistill-dir names: a path."""
-    if "://" in url:
-        raise ValueError(
-            f"codistill_dir must be a directory that all peers see, but is {url!r}; this version has no object stores."
-        )
-    return DirectoryStore(url)
+BEAT = 5.0  # seconds between two signs of life
+_SILENT = 3  # beats that a peer must miss before its index may be taken over, where the store has no locks
 
 
 @dataclass(frozen=True)
@@ -208,9 +37,10 @@ class Run:
 class Exchange:
     """Format 1 in a store, for one peer."""
 
-    def __init__(self, store, peer: int) -> None:
+    def __init__(self, store, peer: int, sleep: Callable[[float], None] = time.sleep) -> None:
         self.store = store
         self.peer = peer
+        self._sleep = sleep
         self._kept: List[int] = []  # my own snapshots' updates, in the order of writing
 
     def join(self, run: Run) -> None:
@@ -218,7 +48,8 @@ class Exchange:
         try:
             self.store.write("run.json", json.dumps(asdict(run), indent=1).encode(), replace=False)
             self._agree(run)
-            self.store.claim(self._folder(self.peer))
+            if not self.store.claim(self._folder(self.peer)):
+                self._watch_for_another()
             self._kept = self._left_behind()
         except OSError as error:
             raise ValueError(
@@ -249,24 +80,27 @@ class Exchange:
         """Remove all snapshots of mine."""
         folder = self._folder(self.peer)
         for name in self.store.names(folder):
-            if name.endswith((".json", ".safetensors")):
+            if name == "latest.json" or (name.startswith("u") and name.endswith((".json", ".safetensors"))):
                 self.store.remove(f"{folder}/{name}")
         self._kept = []
 
     def leave(self) -> None:
         self.store.release(self._folder(self.peer))
 
-    def publish(self, weights: Weights, update: int, needed_from: Optional[int] = None, **facts) -> Manifest:
+    def publish(
+        self, weights: Union[Weights, Buffer], update: int, needed_from: Optional[int] = None, **facts
+    ) -> Manifest:
         """Write a snapshot, then its manifest, then forget old ones, but none from update `needed_from` on.
 
         `facts`: the manifest's other fields. Raises BadSnapshot for weights that are not finite, OSError for a full or
         failing store; either way no reader sees anything half done.
         """
-        data = encode(weights)
-        manifest = describe(weights, data, update, **facts)
+        buffer = weights if isinstance(weights, Buffer) else Buffer.of(weights)
+        buffer.check_finite()
+        manifest = describe(buffer.data, update, dtype=buffer.dtype, **facts)
         folder = self._folder(self.peer)
         try:
-            self.store.write(f"{folder}/{manifest.file}", data)
+            self.store.write(f"{folder}/{manifest.file}", buffer.data)
             self.store.write(f"{folder}/{manifest_name(update)}", manifest.to_json())
             self.store.write(f"{folder}/latest.json", manifest.to_json())
         finally:
@@ -288,6 +122,31 @@ class Exchange:
         data = self.store.read(f"{self._folder(peer)}/{manifest.file}", manifest.bytes)
         return None if data is None else decode(data, manifest, expected)
 
+    def beat(self, presence: Presence) -> None:
+        """Show that I live. Raises OSError."""
+        self.store.write(f"{self._folder(self.peer)}/alive.json", presence.to_json())
+
+    def presence(self, peer: int) -> Optional[Presence]:
+        """The last sign of life of `peer`, None before its first. Raises BadSnapshot."""
+        data = self.store.read(f"{self._folder(peer)}/alive.json", MANIFEST_LIMIT)
+        return None if data is None else Presence.from_json(data)
+
+    def _watch_for_another(self) -> None:
+        """Without locks, a peer that claims to live must fall silent before I take its index. No clock is compared."""
+        first = self._presence_or_none()
+        if first is None or first.state in ("ended", "stopped"):
+            return
+        for _ in range(int(_SILENT * BEAT)):
+            self._sleep(1.0)
+            if self._presence_or_none() != first:
+                raise ValueError(two_peers(self._folder(self.peer), f"process {first.pid} on {first.host}"))
+
+    def _presence_or_none(self) -> Optional[Presence]:
+        try:
+            return self.presence(self.peer)
+        except BadSnapshot:
+            return None
+
     def _manifest(self, peer: int, name: str) -> Optional[Manifest]:
         data = self.store.read(f"{self._folder(peer)}/{name}", MANIFEST_LIMIT)
         return None if data is None else Manifest.from_json(data)
@@ -296,7 +155,7 @@ class Exchange:
         try:
             theirs = json.loads(self.store.read("run.json", MANIFEST_LIMIT) or b"")
             theirs = {name: theirs[name] for name in asdict(mine)}
-        except (BadSnapshot, ValueError, KeyError, TypeError):
+        except (BadSnapshot, ValueError, RecursionError, KeyError, TypeError):
             raise ValueError(
                 f"codistill_dir must be empty or hold a run of format {FORMAT}, but {self.store}/run.json is neither; "
                 "did you mean another directory?"
@@ -326,7 +185,7 @@ class Exchange:
                 continue
             self._kept.remove(update)
             self.store.remove(f"{folder}/{manifest_name(update)}")
-            self.store.remove(f"{folder}/u{update:09d}.safetensors")
+            self.store.remove(f"{folder}/{file_name(update)}")
 
     @staticmethod
     def _folder(peer: int) -> str:
@@ -343,5 +202,5 @@ _AGREE = {
 
 def _words(run: Dict) -> str:
     sha256 = run["dictionary_sha256"]
-    dictionary = "no dictionary" if sha256 is None else f"a dictionary of {run['classes']} symbols (sha256 {sha256[:12]})"
+    dictionary = "no dictionary" if sha256 is None else f"a dictionary of {run['classes']} symbols (sha256 {str(sha256)[:12]})"
     return f"{run['peers']} peers, {dictionary}, format {run['format']}"

@@ -7,7 +7,10 @@ fairseq tells only its task the update number, the epoch and the unwrapped model
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
+import threading
 from multiprocessing import util
 from typing import Any, Callable, Dict, Optional, Sequence
 
@@ -16,6 +19,7 @@ from .exchange import Run
 from .schedules import weight_decay_at
 
 TEACHING = "codistill"  # the sample's key
+_SIGTERM_SECONDS = 10.0  # schedulers kill half a minute after SIGTERM
 
 
 def attach(task: Any, codistiller: Codistiller, run: Run, train_subset: str, load_frozen: Callable[[], Sequence]) -> None:
@@ -28,6 +32,7 @@ def attach(task: Any, codistiller: Codistiller, run: Run, train_subset: str, loa
         if split == train_subset and not joined:
             joined.append(split)
             codistiller.join(run)
+            _drain_on_sigterm(codistiller)
             codistiller.frozen = load_frozen()
         return load(split, *args, **kwargs)
 
@@ -62,6 +67,22 @@ def attach(task: Any, codistiller: Codistiller, run: Run, train_subset: str, loa
         _wrap(task, wrapper.__name__, wrapper)
     # fairseq calls nothing when training ends, and ranks that torch spawns run no atexit; this runs in both.
     util.Finalize(None, end, exitpriority=10)
+
+
+def _drain_on_sigterm(codistiller: Codistiller) -> None:
+    """A scheduler's SIGTERM ends the process as it would have, once what is being published is published."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return  # somebody else's handler has the last word
+    process = os.getpid()
+
+    def on_sigterm(number: int, frame: Any) -> None:
+        if os.getpid() == process:  # and not a data-loading child, which inherits this
+            codistiller.drain(_SIGTERM_SECONDS)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def model_facts(model: Any) -> Dict[str, Any]:

@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from fairseq_runs import free_port
+from test_courier import Arrivals, Gate
 from torch import nn
 
+from fairseq_codistill import codistiller as codistiller_module
 from fairseq_codistill.codistiller import AlphaSchedule, Codistiller
-from fairseq_codistill.exchange import Exchange, MemoryStore, Run, open_store
-from fairseq_codistill.snapshot import copy_of, fingerprint
+from fairseq_codistill.exchange import Exchange, Run
+from fairseq_codistill.snapshot import fingerprint, tensors_of
+from fairseq_codistill.stores import MemoryStore, open_store
 from fairseq_codistill.topology import edges_of
 
 CONSTANT = AlphaSchedule("constant", 0.5)
@@ -30,7 +33,7 @@ class Model(nn.Module):
 
 
 def codistiller(store, peer, peers=2, model=None, join=True, topology="all", **settings):
-    settings = {"interval": 4, "schedule": CONSTANT, **settings}
+    settings = {"interval": 4, "schedule": CONSTANT, "in_background": False, **settings}
     one = Codistiller(peer, peers, exchange=Exchange(store, peer), edges=edges_of(topology, peers), **settings)
     if join:
         one.join(Run(peers, None, None))
@@ -63,12 +66,23 @@ def test_a_snapshot_of_update_zero_does_not_teach():
     for update in range(5):
         mine, theirs = me.teaching(update), other.teaching(update)
     assert mine is None and theirs.staleness == 0, "peer 1 asked after peer 0 had published update 4"
-    assert [one.teaching(5) is not None for one in (me, other)] == [False, True]
+    assert me.teaching(5).staleness == 1, "what came too late for the exchange is not left to lie until the next"
+
+
+def test_a_late_snapshot_is_looked_for_ten_times_in_an_interval():
+    store = MemoryStore()
+    me, other = codistiller(store, 0, interval=40), codistiller(store, 1, interval=40)
+    train(me, 41)
+    train(other, 41)
+    assert [teaching is not None for teaching in train(me, 46, start=41)] == [False] * 3 + [True] * 2
+    other.teaching(80)
+    assert me.teaching(48).staleness == 8, "one snapshot in an interval is enough"
+    assert me.teaching(80).staleness == 0
 
 
 def test_the_peer_is_frozen_stale_and_in_eval_mode():
     store, theirs = MemoryStore(), Model(3.0)
-    me, other = codistiller(store, 0), codistiller(store, 1, model=theirs)
+    me, other = codistiller(store, 0), codistiller(store, 1, model=theirs, wire_dtype=torch.float32)
     train(other, 5)
     with torch.no_grad():
         theirs.bias.fill_(9.0)  # it trains on; I do not see that before the next exchange
@@ -111,10 +125,9 @@ def test_a_stale_snapshot_stops_teaching_and_a_fresh_one_resumes():
     train(other, 5)
     assert [teaching is not None for teaching in train(me, 10)] == [True] * 8 + [False] * 2
     train(other, 9, start=5)
-    assert me.teaching(10) is None, "an exchange is due at update 12"
-    assert me.teaching(12) is None, "the newest is of update 8, so 4 old"
+    assert me.teaching(11).staleness == 3 and me.teaching(12) is None, "it is of update 8"
     train(other, 13, start=9)
-    assert me.teaching(16) is None and me.teaching(17) is None
+    assert me.teaching(15).staleness == 3 and me.teaching(16) is None
     train(other, 21, start=13)
     assert me.teaching(20).staleness == 0
 
@@ -122,10 +135,10 @@ def test_a_stale_snapshot_stops_teaching_and_a_fresh_one_resumes():
 def test_all_ring_and_their_models():
     store = MemoryStore()
     ones = [codistiller(store, i, peers=3, topology="ring") for i in range(3)]
-    for update in range(6):
+    for update in range(5):
         taught = [one.teaching(update) for one in ones]
     assert [biases(teaching) if teaching else None for teaching in taught] == [None, [0.0], [1.0]]
-    for update in range(6, 10):
+    for update in range(5, 10):
         taught = [one.teaching(update) for one in ones]
     assert [biases(teaching) for teaching in taught] == [[2.0], [0.0], [1.0]]
 
@@ -138,6 +151,19 @@ def test_peers_in_their_own_precision():
     assert {p.dtype for p in teaching.peers[0].parameters()} == {torch.bfloat16}
     ((_, output),) = teaching.outputs({"x": torch.ones(1, 2)})
     assert output.dtype == torch.bfloat16 and me._model.bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype, wire, travels", [
+    (torch.float32, None, "bfloat16"), (torch.float16, None, "float16"), (torch.float64, None, "float64"),
+    (torch.float32, torch.float32, "float32"), (torch.float32, torch.int8, "int8"),
+])  # fmt: skip
+def test_what_weights_travel_as(dtype, wire, travels):
+    store, theirs = MemoryStore(), Model(1.5).to(dtype)
+    other = codistiller(store, 1, model=theirs, wire_dtype=wire)
+    train(other, 5)
+    assert other.exchange.newest(1).dtype == travels
+    teaching = codistiller(store, 0).teaching(0)
+    assert biases(teaching) == [1.5] and teaching.peers[0].bias.dtype == torch.float32, "the peer is as my model is"
 
 
 def test_holding_a_peer_draws_no_random_numbers_and_leaves_my_model_alone():
@@ -270,6 +296,19 @@ def test_frozen_teachers_and_controls_need_no_exchange():
     assert control.teaching(1) is None and control.teaching(2).alpha == 0.5 and not control.teaching(2).peers
 
 
+@pytest.mark.parametrize("clock", [lambda: -86400.0, lambda: 4e9, iter([3600.0, 0.0] * 100).__next__])
+def test_no_clock_decides_anything(clock):
+    """Hosts a day apart, clocks that jump: the same teaching as with a clock that stands still."""
+    seen = []
+    for clocks in ((lambda: 0.0, lambda: 0.0), (clock, lambda: 5e8)):
+        store = MemoryStore()
+        ones = [codistiller(store, i, clock=clocks[i], max_staleness=6) for i in range(2)]
+        taught = [[one.teaching(update) for one in ones] for update in range(12)]
+        seen.append([[(biases(t), t.staleness) if t else None for t in both] for both in taught])
+        [one.end(completed=True) for one in ones]
+    assert seen[0] == seen[1] and seen[0][11][0] is not None
+
+
 # Lockstep.
 
 
@@ -343,6 +382,12 @@ def test_lockstep_keeps_what_a_learner_would_need_to_resume():
 # A group: only rank 0 touches the exchange, and all hold the same.
 
 
+def _publish_as_peer_1(store, update, value):
+    theirs = Model(value)
+    facts = dict(epoch=1, fingerprint=fingerprint(theirs), model={}, time=0.0)
+    Exchange(store, 1).publish(tensors_of(theirs), update, **facts)
+
+
 def _rank(rank, port, path, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -355,20 +400,71 @@ def _rank(rank, port, path, results):
         teaching = one.teaching(update)
         held.append((biases(teaching), teaching.staleness) if teaching else None)
         if update in (3, 7) and rank == 0:
-            theirs = Model(update)
-            facts = dict(epoch=1, fingerprint=fingerprint(theirs), model={}, time=0.0)
-            Exchange(open_store(path), 1).publish(copy_of(theirs), update + 1, **facts)
+            _publish_as_peer_1(open_store(path), update + 1, update)
         dist.barrier()
     results.put((rank, held))
     dist.destroy_process_group()
 
 
-def test_all_ranks_of_a_group_hold_the_same(tmp_path):
+def _rank_with_a_late_read(rank, port, path, results):
+    """Rank 0's thread hangs in reading from before update 4 until after update 5."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    store = Gate(reading="peer1/u")
+    one = codistiller(store, 0, model=Model(), in_background=True, interval=4)
+    held = []
+    for update in range(9):
+        teaching = one.teaching(update)
+        held.append((biases(teaching), teaching.staleness) if teaching else None)
+        if rank == 0 and update == 0:
+            one._courier._ready = Arrivals()
+            _publish_as_peer_1(store, 4, 3.0)
+            assert store.reached.wait(60)
+        if rank == 0 and update == 5:
+            store.open.set()
+            assert one._courier._ready.news.acquire(timeout=60)
+        dist.barrier()
+    one.end(completed=True)
+    results.put((rank, held))
+    dist.destroy_process_group()
+
+
+def _wait_of_ranks(rank, port, path, results):
+    """Rank 0 waits for a peer that never comes, in more slices than one; the others wait with it, and all go on."""
+    torch.set_num_threads(1)
+    codistiller_module._SLICE = 0.1
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    one = codistiller(open_store(path), 0, model=Model(), wait=0.35)
+    shared, share = [], one._share
+    one._share = lambda what: shared.append(share(what)) or shared[-1]
+    held = [one.teaching(update) for update in range(3)]
+    results.put((rank, (held, False in shared, shared.count(None) >= 2)))
+    dist.destroy_process_group()
+
+
+def of_ranks(target, path):
+    """What `target` gives on each of two ranks."""
     context = multiprocessing.get_context("forkserver")
     results, port = context.Queue(), free_port()
-    ranks = [context.Process(target=_rank, args=(rank, port, str(tmp_path / "x"), results)) for rank in range(2)]
+    ranks = [context.Process(target=target, args=(rank, port, str(path), results)) for rank in range(2)]
     [rank.start() for rank in ranks]
     held = dict(results.get(timeout=120) for _ in ranks)
     [rank.join(60) for rank in ranks]
-    assert held[0] == held[1]
-    assert held[0] == [None] * 4 + [([3.0], 0.0), ([3.0], 1.0), ([3.0], 2.0), ([3.0], 3.0), ([7.0], 0.0)]
+    return held[0], held[1]
+
+
+def test_all_ranks_of_a_group_hold_the_same(tmp_path):
+    first, second = of_ranks(_rank, tmp_path / "x")
+    assert first == second
+    assert first == [None] * 4 + [([3.0], 0.0), ([3.0], 1.0), ([3.0], 2.0), ([3.0], 3.0), ([7.0], 0.0)]
+
+
+def test_a_late_read_is_skipped_by_all_ranks_together(tmp_path):
+    first, second = of_ranks(_rank_with_a_late_read, tmp_path / "x")
+    assert first == second
+    assert first == [None] * 6 + [([3.0], 2.0), ([3.0], 3.0), ([3.0], 4.0)]
+
+
+def test_ranks_wait_together_and_never_for_ever(tmp_path):
+    first, second = of_ranks(_wait_of_ranks, tmp_path / "x")
+    assert first == second == ([None] * 3, True, True)

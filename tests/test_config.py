@@ -27,7 +27,7 @@ BAD = [
     (dict(peer=-1, peers=2, dir="x"), "codistill_peer must be between 0 and 1 with 2 peers, but is -1 instead."),
     (dict(peer=1), "but is 1 instead; did you forget --codistill-peers (or CODISTILL_PEERS)?"),
     (dict(peers=0), "codistill_peers must be at least 1, but is 0 instead."),
-    (dict(peers=2), "codistill_dir must name a directory that all 2 peers see, but is not given; did you forget"),
+    (dict(peers=2), "codistill_dir must name a directory (or URL) that all 2 peers see, but is not given; did you forget"),
     (dict(interval=0), "codistill_interval must be at least 1 update, but is 0 instead."),
     (dict(alpha=-0.1), "codistill_alpha must be a finite number, not negative, but is -0.1 instead."),
     (dict(alpha=float("nan")), "codistill_alpha must be a finite number, not negative, but is nan instead."),

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_codistill.exchange import KEEP, DirectoryStore, Exchange, MemoryStore, Run, open_store
-from fairseq_codistill.snapshot import BadSnapshot, copy_of, fingerprint, tensors_of
+from fairseq_codistill.exchange import KEEP, Exchange, Run
+from fairseq_codistill.manifest import BadSnapshot
+from fairseq_codistill.snapshot import fingerprint, tensors_of
+from fairseq_codistill.stores import DirectoryStore, MemoryStore, open_store
 
 STORES = {"memory": lambda path: MemoryStore(), "directory": lambda path: DirectoryStore(str(path / "exchange"))}
 RUN = Run(peers=2, dictionary_sha256="ab" * 32, classes=100)
@@ -36,7 +38,7 @@ def model(value=0.0):
 def publish(exchange, update, value=0.0, **facts):
     net = model(value)
     facts = {"epoch": 1, "model": {}, "time": 0.0, "fingerprint": fingerprint(net), **facts}
-    return exchange.publish(copy_of(net), update, **facts)
+    return exchange.publish(tensors_of(net), update, **facts)
 
 
 def fetch(exchange, peer, manifest):
@@ -187,7 +189,8 @@ def test_two_live_peers_with_one_index_in_two_processes(tmp_path):
     holder = _python(
         tmp_path,
         """
-        from fairseq_codistill.exchange import *
+        from fairseq_codistill.exchange import Exchange, Run
+        from fairseq_codistill.stores import open_store
         exchange = Exchange(open_store("x"), 0)
         exchange.join(Run(2, None, None))
         print("joined", flush=True)
@@ -299,7 +302,7 @@ def _publisher(path, ready):
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.fill_(update)
-        exchange.publish(copy_of(net), update, epoch=1, model={}, time=0.0, fingerprint=fingerprint(net))
+        exchange.publish(tensors_of(net), update, epoch=1, model={}, time=0.0, fingerprint=fingerprint(net))
         ready.set()
 
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from torch import nn
 
+from fairseq_codistill.manifest import BadSnapshot, Manifest
 from fairseq_codistill.snapshot import (
-    BadSnapshot,
-    Manifest,
+    Buffer,
     check_manifest,
     checksum,
-    copy_of,
     decode,
     describe,
-    encode,
     fingerprint,
+    size_limit,
     tensors_of,
 )
 
@@ -38,13 +38,13 @@ class Model(nn.Module):
         self.register_buffer("_float_tensor", torch.tensor([math.nan]))  # as fairseq's, uninitialised
 
 
-FACTS = dict(epoch=2, model={"class": "Model"}, time=1.5e9, valid_loss=4.2, resumes_from=0, done=False)
+FACTS = dict(dtype="float32", epoch=2, model={"class": "Model"}, time=1.5e9, valid_loss=4.2, resumes_from=0, done=False)
 
 
-def snapshot(model, update=7):
-    weights = copy_of(model)
-    data = encode(weights)
-    return data, describe(weights, data, update, fingerprint=fingerprint(model), **FACTS)
+def snapshot(model, update=7, wire=None):
+    buffer = Buffer.of(tensors_of(model), wire)
+    facts = dict(FACTS, dtype=buffer.dtype)
+    return bytes(buffer.data), describe(buffer.data, update, fingerprint=fingerprint(model), **facts)
 
 
 def test_what_is_written_is_read_back_to_the_bit():
@@ -64,13 +64,57 @@ def test_tied_tensors_travel_once():
     assert {"norm.running_mean", "norm.num_batches_tracked", "version", "empty"} <= names
 
 
-def test_the_copy_is_a_copy():
-    model = Model()
-    weights = copy_of(model)
-    before = weights["embedding.weight"].clone()
+def test_it_is_a_file_of_the_library_and_a_copy_that_can_be_filled_again():
+    model, other = Model(1), Model(2)
+    buffer = Buffer(tensors_of(model))
+    for filled in (model, other):
+        buffer.fill(tensors_of(filled))()
+        read, before = load(bytes(buffer.data)), {name: t.clone() for name, t in tensors_of(filled).items()}
+        with torch.no_grad():
+            filled.embedding.weight.zero_()
+        assert read.keys() == before.keys() and load(bytes(buffer.data)).keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in load(bytes(buffer.data)).items())
+
+
+@pytest.mark.parametrize("wire, bound", [(torch.float32, 0), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_weights_travel_in_16_bits(wire, bound):
+    model = Model(1)
+    data, manifest = snapshot(model, wire=wire)
+    assert manifest.dtype == str(wire).replace("torch.", "")
+    weights = decode(data, manifest, tensors_of(Model()))
+    for name, tensor in tensors_of(model).items():
+        assert weights[name].dtype == (wire if tensor.is_floating_point() else tensor.dtype), "whole numbers stay exact"
+        assert ((weights[name].to(tensor.dtype) - tensor).abs() <= bound * tensor.abs()).all()
+
+
+def test_weights_travel_in_8_bits():
+    """A 256th part of the largest in its row is the most that a value moves; rows of zeros and one huge row do no harm."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(50, 40))
     with torch.no_grad():
-        model.embedding.weight.zero_()
-    assert torch.equal(weights["embedding.weight"], before)
+        model[1].weight[0] *= 1e6
+        model[1].weight[1] = 0
+    data, manifest = snapshot(model, wire=torch.int8)
+    small = sum(t.numel() for t in model.parameters())
+    assert manifest.dtype == "int8" and len(data) < 1.5 * small + 600
+    weights = decode(data, manifest, tensors_of(model))
+    for name in ("0.weight", "1.weight"):
+        tensor = model.state_dict()[name].flatten(1)
+        assert ((weights[name].flatten(1) - tensor).abs() <= tensor.abs().amax(1, keepdim=True) / 250).all()
+    assert torch.equal(weights["0.bias"], model[0].bias.detach().bfloat16())
+
+
+def test_forged_scales_are_refused():
+    model = nn.Linear(4, 3)
+    good = load(snapshot(model, wire=torch.int8)[0])
+    for change in (
+        {"weight:scale": torch.ones(4)}, {"weight:scale": torch.ones(3).half()}, {"weight:scale": torch.full((3,), math.nan)},
+        {"weight:scale": torch.full((3,), 1e38), "weight": torch.full((3, 4), 127, dtype=torch.int8)},
+        {"bias:scale": torch.ones(3)}, {"weight": torch.ones(3, 4)},
+    ):  # fmt: skip
+        data = save({**good, **change})
+        manifest = describe(data, 1, fingerprint=fingerprint(model), **FACTS)
+        with pytest.raises(BadSnapshot):
+            decode(data, manifest, tensors_of(model))
 
 
 def test_the_fingerprint_knows_shapes_and_not_precision():
@@ -90,23 +134,19 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(poison):
     with torch.no_grad():
         model.norm.weight[0] = poison
     with pytest.raises(BadSnapshot, match="'norm.weight' has values that are not finite"):
-        encode(copy_of(model))
-    from safetensors.torch import save
-
-    data = save(copy_of(model))
-    manifest = describe(copy_of(model), data, 1, fingerprint=fingerprint(model), **FACTS)
+        Buffer.of(tensors_of(model)).check_finite()
+    data = save(tensors_of(model))
+    manifest = describe(data, 1, fingerprint=fingerprint(model), **FACTS)
     with pytest.raises(BadSnapshot, match="not finite"):
         decode(data, manifest, tensors_of(Model()))
 
 
 def forged(change, model=None):
     """A snapshot whose weights were changed by someone who also made the checksum right."""
-    weights = copy_of(model or Model())
+    weights = tensors_of(model or Model())
     change(weights)
-    from safetensors.torch import save
-
     data = save(weights)
-    return data, describe(weights, data, 1, fingerprint=fingerprint(Model()), **FACTS)
+    return data, describe(data, 1, fingerprint=fingerprint(Model()), **FACTS)
 
 
 def swap(weights):
@@ -153,6 +193,7 @@ def test_a_huge_header_does_not_allocate():
 
 def test_a_manifest_cannot_promise_more_than_the_model_has():
     manifest = dataclasses.replace(snapshot(Model())[1], bytes=10**12)
+    assert len(snapshot(Model())[0]) < 2 * size_limit(tensors_of(Model()))
     with pytest.raises(BadSnapshot, match="more than this model can have"):
         check_manifest(manifest, fingerprint(Model()), tensors_of(Model()))
     with pytest.raises(BadSnapshot, match="architecture"):

@@ -1,0 +1,247 @@
+"""Carries snapshots between training and exchange, in background threads, so that an exchange never shows in a step.
+
+The training thread copies its weights and goes on; a thread checks, writes and syncs them. One thread for each teacher
+notices its new snapshots, reads and verifies them ahead of the reload; another gives signs of life. Whatever fails or
+hangs there costs the teaching of one peer and never stops the training.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
+
+import torch
+
+from .exchange import BEAT, Exchange
+from .manifest import BadSnapshot, Manifest, Presence
+from .snapshot import Buffer, Weights
+
+logger = logging.getLogger(__name__)
+
+_TRIES = 3  # how often one snapshot is read before it is given up: a disk or a server may have had a bad moment
+_FIRST_PERIOD, _SHORTEST_PERIOD, _LONGEST_PERIOD = 0.5, 0.1, 10.0  # seconds between two looks at a teacher
+_LOOKS = 50  # looks at each teacher between two exchanges
+_COURSE = 13  # signs of life, so a minute, over which the speed is a mean
+_GOODBYE = 10.0  # seconds for threads to end; one that hangs in a dead file system is left behind
+
+
+@dataclass
+class Totals:
+    """What the exchange has cost since the training began. `hidden_s`: seconds of work in the background; `visible_s`:
+    seconds for which training stood still, apart from `copy_s`, the copying of weights, and from `waited_s`, which lockstep
+    and --codistill-wait ask for. Bytes are those of snapshots."""
+
+    updates: int = 0
+    published: int = 0
+    published_bytes: int = 0
+    skipped: int = 0
+    failed: int = 0
+    read: int = 0
+    read_bytes: int = 0
+    hidden_s: float = 0.0
+    visible_s: float = 0.0
+    copy_s: float = 0.0
+    waited_s: float = 0.0
+
+    def to_json(self) -> str:
+        return json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()})
+
+
+class Courier:
+    """`expected`: my model's tensors, for names and shapes; `wire`: what floats travel as, None for what they are;
+    `updates`: where training ends, to tell the others. Without `in_background` everything happens at once, when asked."""
+
+    def __init__(
+        self, exchange: Exchange, teachers: List[int], fingerprint: str, expected: Weights,
+        wire: Optional[torch.dtype] = None, in_background: bool = True, updates: Optional[int] = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self.exchange, self.teachers, self.fingerprint = exchange, teachers, fingerprint
+        self.in_background, self.clock, self.totals = in_background, clock, Totals()
+        self._expected = {name: torch.empty_like(tensor, device="meta") for name, tensor in expected.items()}
+        self._buffer = Buffer(expected, wire)
+        self._period = _FIRST_PERIOD
+        self._stopping = threading.Event()
+        self._publishing: Optional[threading.Thread] = None
+        self._ready: Dict[int, Tuple[Manifest, Weights]] = {}
+        self._seen: Dict[int, Tuple[Manifest, int]] = {}  # of each teacher what was read last, and how often in vain
+        self._silent: Set[int] = set()
+        self._warned: Set[Tuple[object, str]] = set()
+        self._counting = threading.Lock()
+        self._life, self._updates, self._beat, self._state = secrets.token_hex(8), updates, 0, "waiting"
+        self._progress: Tuple[int, Dict[str, int]] = (0, {})  # update, and the update held of each teacher
+        self._course: Deque[Tuple[float, int]] = collections.deque(maxlen=_COURSE)
+        self._threads: List[threading.Thread] = []
+
+    # Life.
+
+    def start(self) -> None:
+        """Begin to give signs of life."""
+        self._begin(self._give_signs)
+
+    def watch(self) -> None:
+        """Begin to watch the teachers, each in a thread of its own: one whose storage hangs must not hold up the others."""
+        for teacher in self.teachers if self.in_background else []:
+            self._begin(self._watch, teacher)
+
+    def _begin(self, work: Callable, *args: Any) -> threading.Thread:
+        # A daemon: one that hangs in a dead file system must not keep the process from ending.
+        thread = threading.Thread(target=work, args=args, daemon=True, name="codistillation")
+        thread.start()
+        self._threads.append(thread)
+        return thread
+
+    def at(self, update: int, held: Dict[int, int], seconds: Optional[float] = None) -> None:
+        """For the signs of life: where training is, and the update held of each teacher.
+
+        `seconds`: how long the last interval between two exchanges took; the teachers are looked at accordingly.
+        """
+        self._progress, self._state = (update, {str(peer): of for peer, of in held.items()}), "training"
+        if seconds is not None:
+            self._period = min(max(seconds / _LOOKS, _SHORTEST_PERIOD), _LONGEST_PERIOD)
+
+    def drain(self, seconds: Optional[float] = None) -> bool:
+        """Wait until what is being published is published; False if that took longer than `seconds`."""
+        publishing = self._publishing
+        if publishing is not None:
+            publishing.join(seconds)
+        return publishing is None or not publishing.is_alive()
+
+    def stop(self, state: str) -> None:
+        """Drain, say goodbye as `state`, end the threads, and log what all of it cost."""
+        self._stopping.set()
+        deadline = time.monotonic() + _GOODBYE
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._state = state
+        self._give_sign()
+        logger.info(f"codistillation: exchange totals {self.totals.to_json()}")
+
+    # Mine, outwards.
+
+    def publish(self, weights: Weights, update: int, needed_from: Optional[int] = None, **facts: Any) -> bool:
+        """Copy the weights and publish them; False, with a warning, when the last publishing is still under way."""
+        if not self.drain(0):
+            self.totals.skipped += 1
+            logger.warning(
+                f"codistillation: the snapshot of update {update} was skipped: the last one is still being written to "
+                f"{self.exchange.store}; training goes on. Is the storage too slow for this --codistill-interval?"
+            )
+            return False
+        start = time.perf_counter()
+        copied = self._buffer.fill(weights)
+        self.copied(time.perf_counter() - start)
+        self._publishing = self._begin(self._publish, copied, update, needed_from, facts)
+        if not self.in_background:
+            self.drain()
+        return True
+
+    def copied(self, seconds: float) -> None:
+        """The training thread has copied weights for so long."""
+        self.totals.copy_s += seconds
+        self.totals.visible_s -= seconds
+
+    def _publish(self, copied: Callable[[], None], update: int, needed_from: Optional[int], facts: Dict[str, Any]) -> None:
+        start = time.perf_counter()
+        try:
+            copied()
+            manifest = self.exchange.publish(self._buffer, update, needed_from, **facts)
+        except Exception as error:  # whatever it is, training must go on
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            logger.warning(f"codistillation: the snapshot of update {update} was not published: {reason}; training goes on")
+            self._count(failed=1)
+            return
+        seconds = time.perf_counter() - start
+        self._count(published=1, published_bytes=manifest.bytes, hidden_s=seconds)
+        logger.info(f"codistillation: published update {update}, {manifest.bytes / 1e6:.1f} MB in {seconds:.2f} s")
+
+    # The teachers', inwards.
+
+    def take(self, teacher: int) -> Optional[Tuple[Manifest, Weights]]:
+        """The newest verified snapshot of the teacher that was found, if it was not taken before."""
+        return self._ready.pop(teacher, None)
+
+    def look(self, teacher: int, update: Optional[int] = None) -> None:
+        """Read and verify what is new of the teacher: its newest, or that of `update` if it is there."""
+        try:
+            manifest = self.exchange.at(teacher, update) if update is not None else None
+            manifest = manifest or self.exchange.newest(teacher)
+            (self._silent.add if manifest is None else self._silent.discard)(teacher)
+            # A snapshot of update 0 only says "I am here": it has learnt nothing.
+            if manifest is None or manifest.update == 0 or not self._is_new(teacher, manifest):
+                return
+            self._read(teacher, manifest)
+        except BadSnapshot as error:
+            self.warn(teacher, f"its snapshot is refused: {error}.")
+        except Exception as error:  # whatever it is, training must go on
+            self.warn(teacher, f"its snapshot cannot be read: {type(error).__name__}: {error}.")
+
+    def _is_new(self, teacher: int, manifest: Manifest) -> bool:
+        seen, tries = self._seen.get(teacher, (None, 0))
+        return seen != manifest or 0 < tries < _TRIES
+
+    def _read(self, teacher: int, manifest: Manifest) -> None:
+        start = time.perf_counter()
+        seen, tries = self._seen.get(teacher, (None, 0))
+        self._seen[teacher] = (manifest, tries + 1 if seen == manifest else 1)
+        weights = self.exchange.fetch(teacher, manifest, self.fingerprint, self._expected)
+        if weights is None:
+            self._seen[teacher] = (manifest, 1)  # replaced meanwhile, or not visible here yet: look again
+            return
+        self._seen[teacher] = (manifest, 0)
+        self._ready[teacher] = (manifest, weights)
+        self._warned = {(peer, what) for peer, what in self._warned if peer != teacher}
+        self._count(read=1, read_bytes=manifest.bytes, hidden_s=time.perf_counter() - start)
+
+    def warn_of_silent(self, teachers: List[int], update: int) -> None:
+        """Those of whom nothing at all is to be seen, though training has come to `update`."""
+        for teacher in sorted(self._silent.intersection(teachers)) if update else []:
+            where = self.exchange.store
+            self.warn(teacher, f"it has published nothing in {where} yet; does it run, and see this directory?")
+
+    def warn(self, peer: int, what: str) -> None:
+        """Say it once, until a good snapshot of that peer has come."""
+        if (peer, what) not in self._warned:
+            self._warned.add((peer, what))
+            logger.warning(f"codistillation: peer {peer}: {what} Training goes on with what it holds.")
+
+    # The threads.
+
+    def _watch(self, teacher: int) -> None:
+        while not self._stopping.wait(self._period):
+            self.look(teacher)
+
+    def _give_signs(self) -> None:
+        while True:
+            self._give_sign()
+            if self._stopping.wait(BEAT):
+                return
+
+    def _give_sign(self) -> None:
+        (update, held), now = self._progress, time.monotonic()
+        self._beat += 1
+        self._course.append((now, update))
+        (began, first), host = self._course[0], socket.gethostname()[:200]
+        speed = (update - first) / (now - began) if update > first else None
+        presence = Presence(
+            self._life, self._beat, self._state, host, os.getpid(), self.clock(), update, self._updates, speed, held
+        )
+        try:
+            self.exchange.beat(presence)
+        except Exception as error:  # whatever it is, training must go on
+            if ("sign", str(error)) not in self._warned:
+                self._warned.add(("sign", str(error)))
+                logger.warning(f"codistillation: no sign of life could be given: {error}; training goes on")
+
+    def _count(self, **more: float) -> None:
+        with self._counting:
+            for name, value in more.items():
+                setattr(self.totals, name, getattr(self.totals, name) + value)

@@ -1,0 +1,147 @@
+"""What a peer says of itself, as JSON (format 1): a snapshot's manifest, and that the peer is alive. No torch needed.
+
+What comes from another peer is data: nothing is executed, and whatever is wrong with it is a `BadSnapshot`, in one sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Optional
+
+FORMAT = 1
+STATES = ("waiting", "training", "ended", "stopped")
+MANIFEST_LIMIT = 1 << 20  # bytes; a manifest is small, and is read before anything is known of its writer
+_FILE_NAME = re.compile(r"u\d{9}\.safetensors")
+_CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class BadSnapshot(ValueError):
+    """A snapshot or manifest that must not be believed."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a peer says of its snapshot. `update`: updates done; `bytes`: the file's size; `time`: seconds since 1970,
+    for people only, since no decision may rest on another machine's clock; `resumes_from`: the update at which the peer
+    would start again if it died now; `done`: its training has ended, no later snapshot will come."""
+
+    update: int
+    epoch: int
+    file: str
+    bytes: int
+    checksum: str
+    dtype: str
+    fingerprint: str
+    model: Dict[str, Any]
+    time: float
+    valid_loss: Optional[float] = None
+    resumes_from: int = 0
+    done: bool = False
+    format: int = FORMAT
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), indent=1).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> Manifest:
+        """Raises BadSnapshot unless every field is there, of its type, and in its range."""
+        return Manifest(**_fields_of(data, Manifest, _CHECKS, "manifest"))
+
+
+def _fields_of(data: bytes, kind: type, checks: Dict[str, Callable[[Any], bool]], what: str) -> Dict[str, Any]:
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSnapshot(f"the {what} is not JSON ({type(error).__name__})") from None
+    if not isinstance(fields, dict):
+        raise BadSnapshot(f"the {what} must be a JSON object, but is a {type(fields).__name__}")
+    if fields.get("format") != FORMAT:
+        raise BadSnapshot(f"the {what}'s format must be {FORMAT}, but is {str(fields.get('format'))[:40]}")
+    known = {field.name for field in dataclasses.fields(kind)}
+    # A later version may add fields; that is no reason to lose a teacher.
+    fields = {name: value for name, value in fields.items() if name in known}
+    for name, good in checks.items():
+        if name not in fields or not good(fields[name]):
+            raise BadSnapshot(f"the {what}'s {name} must not be {str(fields.get(name, 'missing'))[:80]!r}")
+    return fields
+
+
+def _count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+
+
+_CHECKS = {
+    "update": lambda v: _count(v) and v < 10**9,  # nine digits of the file's name
+    "epoch": _count,
+    "file": lambda v: isinstance(v, str) and _FILE_NAME.fullmatch(v) is not None,
+    "bytes": _count,
+    "checksum": lambda v: isinstance(v, str) and _CHECKSUM.fullmatch(v) is not None,
+    "dtype": lambda v: isinstance(v, str) and len(v) < 40,
+    "fingerprint": lambda v: isinstance(v, str) and len(v) < 100,
+    "model": lambda v: isinstance(v, dict),
+    "time": _number,
+    "valid_loss": lambda v: v is None or _number(v),
+    "resumes_from": _count,
+    "done": lambda v: isinstance(v, bool),
+}
+
+
+def file_name(update: int) -> str:
+    return f"u{update:09d}.safetensors"
+
+
+def manifest_name(update: int) -> str:
+    return f"u{update:09d}.json"
+
+
+@dataclass(frozen=True)
+class Presence:
+    """A sign of life, `peer0/alive.json`, renewed every few seconds. Only a change of `beat` proves anything: `time`
+    (seconds since 1970) is by the writer's clock, which may be days off. `life`: one for each start of the process;
+    `updates`: where training ends, if known; `speed`: updates per second; `teachers`: update held of each peer."""
+
+    life: str
+    beat: int
+    state: str  # waiting, training, ended (completed), stopped
+    host: str
+    pid: int
+    time: float
+    update: int = 0
+    updates: Optional[int] = None
+    speed: Optional[float] = None
+    teachers: Dict[str, int] = dataclasses.field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), indent=1).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> Presence:
+        """Raises BadSnapshot unless every field is there, of its type, and in its range."""
+        return Presence(**_fields_of(data, Presence, _PRESENCE_CHECKS, "sign of life"))
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 255 and value.isprintable()
+
+
+_PRESENCE_CHECKS = {
+    "life": _text,
+    "beat": _count,
+    "state": lambda v: v in STATES,
+    "host": _text,
+    "pid": _count,
+    "time": _number,
+    "update": _count,
+    "updates": lambda v: v is None or _count(v),
+    "speed": lambda v: v is None or (_number(v) and v >= 0),
+    "teachers": lambda v: isinstance(v, dict) and all(name.isdecimal() and _count(v[name]) for name in v),
+}

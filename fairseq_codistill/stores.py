@@ -1,0 +1,176 @@
+"""Where snapshots lie: named bytes that are replaced atomically. Files and directories are touched only here."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+import tempfile
+import threading
+from typing import Dict, List, Optional
+
+from .manifest import BadSnapshot
+
+try:
+    import fcntl
+except ImportError:  # no POSIX locks on this system
+    fcntl = None  # type: ignore[assignment]
+
+
+class MemoryStore:
+    """Named bytes in this process: peers as threads, and tests. The reference for what a store must do."""
+
+    def __init__(self) -> None:
+        self._files: Dict[str, bytes] = {}
+        self._lock = threading.Lock()
+        self._live: set = set()
+
+    def read(self, name: str, limit: int) -> Optional[bytes]:
+        """The bytes of `name`, or None where there is none. Raises BadSnapshot when they are more than `limit`."""
+        data = self._files.get(name)
+        if data is not None and len(data) > limit:
+            raise BadSnapshot(f"{name} has more than {limit} bytes")
+        return data
+
+    def write(self, name: str, data: bytes, replace: bool = True) -> bool:
+        """All of `data` or nothing. Without `replace`, False if `name` is there already. Raises OSError."""
+        with self._lock:
+            if not replace and name in self._files:
+                return False
+            self._files[name] = bytes(data)
+            return True
+
+    def remove(self, name: str) -> None:
+        self._files.pop(name, None)
+
+    def names(self, folder: str) -> List[str]:
+        """The names below `folder`, without it, sorted."""
+        start = folder + "/"
+        return sorted(name[len(start) :] for name in self._files if name.startswith(start))
+
+    def claim(self, folder: str) -> bool:
+        """Hold `folder` for this peer until `release`; False where the store has no locks.
+
+        Raises ValueError when another live peer holds it."""
+        if folder in self._live:
+            raise ValueError(two_peers(folder, "this process"))
+        self._live.add(folder)
+        return True
+
+    def release(self, folder: str) -> None:
+        self._live.discard(folder)
+
+    def __str__(self) -> str:
+        return "memory"
+
+
+class DirectoryStore:
+    """Named bytes as files of a directory that all peers see."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(root)
+        self._claims: Dict[str, int] = {}
+
+    def read(self, name: str, limit: int) -> Optional[bytes]:
+        # Neither a link that leaves the directory nor a pipe that never answers is a snapshot.
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            descriptor = os.open(os.path.join(self.root, name), flags)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise BadSnapshot(f"{name} cannot be read ({error.strerror})") from None
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise BadSnapshot(f"{name} is not a plain file")
+            if os.fstat(descriptor).st_size > limit:
+                raise BadSnapshot(f"{name} has more than {limit} bytes")
+            try:
+                return file.read(limit + 1)
+            except OSError as error:
+                raise BadSnapshot(f"{name} cannot be read ({error.strerror})") from None
+
+    def write(self, name: str, data: bytes, replace: bool = True) -> bool:
+        path = os.path.join(self.root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=".tmp-", dir=os.path.dirname(path))
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from a peer that runs as another user
+            if not replace:
+                return _put_first(temporary, path)
+            os.replace(temporary, path)
+            return True
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self.root, name))
+
+    def names(self, folder: str) -> List[str]:
+        try:
+            return sorted(os.listdir(os.path.join(self.root, folder)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def claim(self, folder: str) -> bool:
+        os.makedirs(os.path.join(self.root, folder), exist_ok=True)
+        if fcntl is None:
+            return False
+        descriptor = os.open(os.path.join(self.root, folder, "lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # A POSIX lock ends with its process, however that dies, and its data-loading children do not inherit it.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(two_peers(folder, holder)) from None
+            return False  # a file system without locks
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._claims[folder] = descriptor
+        return True
+
+    def release(self, folder: str) -> None:
+        descriptor = self._claims.pop(folder, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __str__(self) -> str:
+        return self.root
+
+
+def _put_first(temporary: str, path: str) -> bool:
+    try:
+        os.link(temporary, path)  # fails where the name is taken: the first of several writers wins, whole
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if os.path.exists(path):
+            return False
+        os.replace(temporary, path)
+    return True
+
+
+def two_peers(folder: str, holder: str) -> str:
+    return (
+        f"{folder} is already alive ({holder}); each peer needs an index of its own: "
+        "did you forget --codistill-peer (or CODISTILL_PEER)?"
+    )
+
+
+def open_store(url: str):
+    """The store that --codistill-dir names: a path."""
+    if "://" in url:
+        raise ValueError(
+            f"codistill_dir must be a directory that all peers see, but is {url!r}; this version has no object stores."
+        )
+    return DirectoryStore(url)

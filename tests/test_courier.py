@@ -1,0 +1,290 @@
+"""Exchanging in the background: what is slow, hangs, fails or lies there is never felt by the training thread."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_codistill import courier as courier_module
+from fairseq_codistill.courier import Courier
+from fairseq_codistill.exchange import Exchange, Run
+from fairseq_codistill.manifest import BadSnapshot
+from fairseq_codistill.snapshot import fingerprint, tensors_of
+from fairseq_codistill.stores import DirectoryStore, MemoryStore
+
+SECONDS = 30  # to wait for what must come; far above what it takes
+
+
+class Gate(MemoryStore):
+    """A store whose reads or writes of some name wait until they are let through."""
+
+    def __init__(self, reading="", writing=""):
+        super().__init__()
+        self.reading, self.writing = reading, writing
+        self.reached, self.open = threading.Event(), threading.Event()
+
+    def _pass(self, gate, name):
+        if gate and gate in name:
+            self.reached.set()
+            assert self.open.wait(SECONDS)
+
+    def read(self, name, limit):
+        self._pass(self.reading, name)
+        return super().read(name, limit)
+
+    def write(self, name, data, replace=True):
+        self._pass(self.writing, name)
+        return super().write(name, data, replace)
+
+
+class Arrivals(dict):
+    """What a courier has ready, with a way to wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.news = threading.Semaphore(0)
+
+    def __setitem__(self, *item):
+        super().__setitem__(*item)
+        self.news.release()
+
+
+def model(value=0.0):
+    net = nn.Linear(3, 2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(value)
+    return net
+
+
+def courier(store, peer, teachers=(), **settings):
+    net = model()
+    one = Courier(Exchange(store, peer), list(teachers), fingerprint(net), tensors_of(net), **settings)
+    one._ready = Arrivals()
+    return one
+
+
+def publish(one, update, value=0.0):
+    net = model(value)
+    return one.publish(tensors_of(net), update, epoch=1, model={}, time=0.0, fingerprint=fingerprint(net))
+
+
+def value_of(found):
+    return found and float(found[1]["weight"][0, 0])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(courier_module, "_FIRST_PERIOD", 0.01)
+    monkeypatch.setattr(courier_module, "_GOODBYE", 0.2)
+
+
+def test_training_does_not_wait_for_the_storage_and_a_slow_one_skips_versions(caplog):
+    store = Gate(writing="safetensors")
+    one, net = courier(store, 0), model(1.0)
+    facts = dict(epoch=1, model={}, time=0.0, fingerprint=fingerprint(net))
+    assert one.publish(tensors_of(net), 1, **facts), "comes back though nothing can be written"
+    assert store.reached.wait(SECONDS)
+    with torch.no_grad():
+        net.weight.fill_(9.0)  # training goes on
+    assert not one.publish(tensors_of(net), 2, **facts) and one.totals.skipped == 1
+    assert "the snapshot of update 2 was skipped: the last one is still being written to memory" in caplog.text
+    assert not one.drain(0.01)
+    store.open.set()
+    assert one.drain(SECONDS)
+    reader = courier(store, 1, [0], in_background=False)
+    reader.look(0)
+    manifest, weights = reader.take(0)
+    assert manifest.update == 1 and (weights["weight"] == 1.0).all(), "the weights of the moment when it was asked for"
+    assert publish(one, 3, 3.0) and one.drain(SECONDS) and reader.exchange.newest(0).update == 3
+    assert one.totals.published == 2 and one.totals.published_bytes == 2 * manifest.bytes
+
+
+def test_snapshots_are_read_and_verified_ahead():
+    store = MemoryStore()
+    me, other = courier(store, 0, [1]), courier(store, 1)
+    me.start()
+    me.watch()
+    assert me.take(1) is None
+    for update in (1, 2):
+        publish(other, update, update)
+        other.drain()
+        assert me._ready.news.acquire(timeout=SECONDS)
+        assert value_of(me.take(1)) == update and me.take(1) is None, "each is taken once"
+    assert me.totals.read == 2 and me.totals.read_bytes == other.totals.published_bytes
+    me.stop("ended")
+
+
+def test_a_newer_snapshot_replaces_one_that_was_not_taken():
+    store = MemoryStore()
+    me, other = courier(store, 0, [1]), courier(store, 1)
+    for update in (1, 2):
+        publish(other, update, update)
+        other.drain()
+        me.look(1)
+    assert value_of(me.take(1)) == 2 and me.take(1) is None
+
+
+def test_a_teacher_whose_storage_hangs_holds_up_nobody():
+    store = Gate(reading="peer1/u")
+    me, good, hanging = courier(store, 0, [1, 2]), courier(store, 2), courier(store, 1)
+    me.watch()
+    publish(hanging, 1)
+    assert store.reached.wait(SECONDS)
+    publish(good, 1, 5.0)
+    assert me._ready.news.acquire(timeout=SECONDS)
+    assert value_of(me.take(2)) == 5.0 and me.take(1) is None
+    me.stop("ended")  # comes back although a thread hangs
+    assert any(thread.is_alive() for thread in me._threads)
+    store.open.set()
+
+
+def test_a_bad_snapshot_is_read_a_few_times_and_then_left_alone(caplog):
+    store = MemoryStore()
+    me, other = courier(store, 0, [1]), courier(store, 1)
+    publish(other, 1)
+    other.drain()
+    name = "peer1/u000000001.safetensors"
+    good = store.read(name, 10**6)
+    store.write(name, good[:-1] + bytes([good[-1] ^ 1]))
+    reads, read = [], store.read
+    store.read = lambda name, limit: reads.append(name) or read(name, limit)
+    for _ in range(6):
+        me.look(1)
+    assert reads.count(name) == 3 and me.take(1) is None
+    assert caplog.text.count("peer 1: its snapshot is refused: its checksum") == 1
+    publish(other, 2, 2.0)
+    other.drain()
+    me.look(1)
+    assert value_of(me.take(1)) == 2.0
+
+
+def test_a_bad_moment_of_the_storage_is_forgotten(caplog):
+    store = MemoryStore()
+    me, other = courier(store, 0, [1]), courier(store, 1)
+    publish(other, 1, 4.0)
+    other.drain()
+    read = store.read
+
+    def fails(name, limit):
+        if name.endswith("safetensors"):
+            store.read = read
+            raise BadSnapshot(f"{name} cannot be read (Stale file handle)")
+        return read(name, limit)
+
+    store.read = fails
+    me.look(1)
+    assert me.take(1) is None and "Stale file handle" in caplog.text
+    me.look(1)
+    assert value_of(me.take(1)) == 4.0
+
+
+def test_a_file_that_is_not_visible_yet_is_looked_for_again():
+    store = MemoryStore()
+    me, other = courier(store, 0, [1]), courier(store, 1)
+    publish(other, 1, 4.0)
+    other.drain()
+    data = store.read("peer1/u000000001.safetensors", 10**6)
+    store.remove("peer1/u000000001.safetensors")
+    for _ in range(5):
+        me.look(1)
+    assert me.take(1) is None
+    store.write("peer1/u000000001.safetensors", data)
+    me.look(1)
+    assert value_of(me.take(1)) == 4.0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a library's own"), MemoryError(), OSError(28, "No space left on device")])
+def test_no_error_of_a_store_leaves_the_courier(error, caplog):
+    store = MemoryStore()
+    me, other = courier(store, 0, [1]), courier(store, 1)
+    publish(other, 1)
+    other.drain()
+
+    def fails(*_, **__):
+        raise error
+
+    store.read = store.write = fails
+    me.look(1)
+    publish(me, 1)
+    assert me.drain(SECONDS) and me.totals.failed == 1
+    me._give_sign()
+    assert me.take(1) is None
+    for words in ("its snapshot cannot be read", "was not published", "no sign of life could be given"):
+        assert words in caplog.text
+
+
+def test_signs_of_life():
+    store = MemoryStore()
+    me = courier(store, 0, [1], updates=100, clock=lambda: 7.0)
+    me._give_sign()
+    first = me.exchange.presence(0)
+    assert (first.state, first.update, first.updates, first.pid, first.time) == ("waiting", 0, 100, os.getpid(), 7.0)
+    me.at(20, {1: 10})
+    me.stop("ended")
+    last = me.exchange.presence(0)
+    assert (last.state, last.update, last.teachers) == ("ended", 20, {"1": 10})
+    assert last.beat > first.beat and last.life == first.life and last.speed > 0
+
+
+class NoLocks(MemoryStore):
+    def claim(self, folder):
+        return False
+
+
+def test_without_locks_an_index_is_taken_only_from_a_peer_that_has_fallen_silent():
+    store = NoLocks()
+    alive = courier(store, 0)
+    alive._give_sign()
+    with pytest.raises(ValueError, match=r"peer0 is already alive \(process \d+ on .*\).*--codistill-peer"):
+        Exchange(store, 0, sleep=lambda seconds: alive._give_sign()).join(Run(2, None, None))
+    naps = []
+    Exchange(store, 0, sleep=naps.append).join(Run(2, None, None))
+    assert sum(naps) == 15, "three beats"
+    alive.stop("stopped")
+    Exchange(store, 0, sleep=pytest.fail).join(Run(2, None, None))
+
+
+def test_sigterm_finishes_what_is_being_published_and_then_ends_the_process(tmp_path):
+    """As a scheduler stops a job: the process dies of SIGTERM, and its last snapshot is whole."""
+    code = f"""
+        import sys, torch
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_courier import *
+        from test_codistiller import codistiller
+        from fairseq_codistill import hook
+
+        class Slow(DirectoryStore):
+            def write(self, name, data, replace=True):
+                if name.endswith("000000008.safetensors"):
+                    print("writing", flush=True)
+                    sys.stdin.readline()
+                return super().write(name, data, replace)
+
+        one = codistiller(Slow("x"), 0, model=model(3.0), in_background=True)
+        hook._drain_on_sigterm(one)
+        for update in range(10 ** 9):
+            one.teaching(update)
+            if update < 8:
+                one.drain({SECONDS})
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.communicate("go on\n", timeout=SECONDS)
+    assert process.returncode == -signal.SIGTERM
+    reader = courier(DirectoryStore(str(tmp_path / "x")), 1, [0])
+    reader.look(0)
+    manifest, weights = reader.take(0)
+    assert manifest.update == 8 and (weights["weight"] == 3.0).all()

@@ -42,6 +42,7 @@ class Exchange:
         self.peer = peer
         self._sleep = sleep
         self._kept: List[int] = []  # my own snapshots' updates, in the order of writing
+        self._torn: Optional[int] = None  # the update of an attempt to publish that failed
 
     def join(self, run: Run) -> None:
         """Agree with the other peers on `run`, and claim my index. Raises ValueError, in one sentence."""
@@ -99,13 +100,15 @@ class Exchange:
         buffer.check_finite()
         manifest = describe(buffer.data, update, dtype=buffer.dtype, **facts)
         folder = self._folder(self.peer)
-        try:
-            self.store.write(f"{folder}/{manifest.file}", buffer.data)
-            self.store.write(f"{folder}/{manifest_name(update)}", manifest.to_json())
-            self.store.write(f"{folder}/latest.json", manifest.to_json())
-        finally:
-            self._kept = [u for u in self._kept if u != update] + [update]
-            self._retain(needed_from)
+        # A failed attempt is cleared away by the next one, not at once: a store that timed out may have taken it after all.
+        self._remove(self._torn)
+        self._torn = update
+        self.store.write(f"{folder}/{manifest.file}", buffer.data)
+        self.store.write(f"{folder}/{manifest_name(update)}", manifest.to_json())
+        self.store.write(f"{folder}/latest.json", manifest.to_json())
+        self._torn = None
+        self._kept = [u for u in self._kept if u != update] + [update]
+        self._retain(needed_from)
         return manifest
 
     def newest(self, peer: int) -> Optional[Manifest]:
@@ -179,13 +182,15 @@ class Exchange:
         return updates
 
     def _retain(self, needed_from: Optional[int]) -> None:
-        folder = self._folder(self.peer)
         for update in self._kept[:-KEEP]:
-            if needed_from is not None and update >= needed_from:
-                continue
-            self._kept.remove(update)
-            self.store.remove(f"{folder}/{manifest_name(update)}")
-            self.store.remove(f"{folder}/{file_name(update)}")
+            if needed_from is None or update < needed_from:
+                self._kept.remove(update)
+                self._remove(update)
+
+    def _remove(self, update: Optional[int]) -> None:
+        if update is not None:
+            for name in (manifest_name(update), file_name(update)):
+                self.store.remove(f"{self._folder(self.peer)}/{name}")
 
     @staticmethod
     def _folder(peer: int) -> str:

@@ -66,6 +66,10 @@ class Job:
             self._changed.notify_all()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def log(self) -> str:
         return "".join(self._lines)
 
@@ -76,8 +80,11 @@ class Job:
             assert shown and any(text in line for line in self._lines), f"{text!r} never showed:\n{self.log[-3000:]}"
 
     def kill(self) -> None:
-        os.kill(self._process.pid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
         self._process.join()
+
+    def signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
 
     def status(self) -> int:
         """Wait for the end; the exit status."""

@@ -146,6 +146,33 @@ def test_the_newest_few_are_kept(store):
     assert len([name for name in store.names("peer0") if name.endswith(".safetensors")]) == KEEP
 
 
+@pytest.mark.parametrize("fails", ["safetensors", "u00", "latest"])
+def test_failures_neither_cost_the_last_good_one_nor_pile_up(store, fails):
+    exchange = Exchange(store, 0)
+    exchange.join(RUN)
+    publish(exchange, 1, 1.0)
+    write, attempts = store.write, []
+
+    def full(name, data, replace=True):
+        if name.split("/")[1].startswith(fails) or name.endswith(fails):
+            attempts.append(name)
+            raise OSError(28, "No space left on device")
+        return write(name, data, replace)
+
+    store.write = full
+    for update in range(2, 9):
+        with pytest.raises(OSError):
+            publish(exchange, update)
+    assert len(attempts) == 7
+    assert exchange.newest(0).update == 1 and (fetch(exchange, 0, exchange.newest(0))["weight"] == 1.0).all()
+    assert len([name for name in store.names("peer0") if name.endswith("safetensors")]) <= 2
+    store.write = write
+    publish(exchange, 9, 9.0)
+    assert [name for name in store.names("peer0") if name.startswith("u")] == [
+        f"u{update:09d}.{kind}" for update in (1, 9) for kind in ("json", "safetensors")
+    ]
+
+
 def test_a_snapshot_that_went_meanwhile_is_no_error(store):
     exchange = Exchange(store, 0)
     exchange.join(RUN)
@@ -239,11 +266,6 @@ def test_an_unwritable_directory(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file/below", Path("/proc/nothing")):
         with pytest.raises(ValueError, match="codistill_dir must be a directory that this peer can write to"):
             Exchange(DirectoryStore(str(path)), 0).join(RUN)
-
-
-def test_a_url_is_one_sentence():
-    with pytest.raises(ValueError, match="codistill_dir must be a directory .* 's3://bucket/run'"):
-        open_store("s3://bucket/run")
 
 
 def test_what_is_no_plain_file_is_refused(tmp_path):

@@ -1,5 +1,10 @@
 """Codistillation in real fairseq processes: exactness, lockstep, resuming, precisions, groups, tasks and architectures."""
 
+import json
+import re
+import resource
+import signal
+
 import pytest
 import torch
 from fairseq_runs import (
@@ -24,6 +29,10 @@ from fairseq_runs import (
     weights,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fairseq_codistill.exchange import Exchange
+from fairseq_codistill.snapshot import checksum
+from fairseq_codistill.stores import open_store
 
 # fairseq ≥ 2023 shuffles an epoch's batches by seed and epoch, but keeps the first epoch's for the others unless told
 # otherwise: without this a resumed run, plain or codistilled, sees other batches than one that was never stopped.
@@ -123,6 +132,90 @@ def test_a_dead_peer_costs_only_its_teaching(data, tmp_path):
     # It takes the snapshot of update 4 at once, so that is ahead of me at first, and 5 updates old at update 9.
     assert column(log, "train_inner", "codistill_staleness") == [float(update - 4) for update in range(10)]
     assert column(log, "train_inner", "num_updates")[-1] == 12
+
+
+# Long enough for snapshots to travel while it runs: some hundred updates take a few seconds.
+BESIDE = f"{CODISTILL} --codistill-wait 120 --log-interval 10 --validate-interval 1000000 --save-interval-updates 100"
+
+
+def totals(log):
+    """What the exchange has cost, as logged at the end."""
+    return json.loads(re.search(r"exchange totals (\{.*\})", log)[1])
+
+
+def test_exchanging_beside_the_training(data, tmp_path):
+    """The default: nobody waits for anybody, and what the log says was exchanged lies there."""
+    logs = train_peers(data, tmp_path, BESIDE, "--max-update 400 --codistill-interval 40")
+    for peer, log in enumerate(logs):
+        seen, other = totals(log), totals(logs[1 - peer])
+        newest = json.loads((tmp_path / f"exchange/peer{peer}/latest.json").read_text())
+        assert newest["done"] and newest["update"] == 400 and newest["dtype"] == "bfloat16"
+        assert seen["updates"] == 400 and seen["failed"] == 0 and seen["published"] + seen["skipped"] == 11
+        assert seen["published_bytes"] == seen["published"] * newest["bytes"]
+        assert 1 <= seen["read"] <= other["published"] and seen["read_bytes"] == seen["read"] * newest["bytes"]
+        assert len(taught(log)) > 10 and log.count("learning from peer") >= 1
+        life = json.loads((tmp_path / f"exchange/peer{peer}/alive.json").read_text())
+        assert life["state"] == "ended" and life["updates"] == 400
+
+
+def test_peers_come_late_die_come_back_and_finish_early(data, tmp_path):
+    """A ring of three, in which each learns from the one before: 0 finishes early, 1 is killed and resumes, 2 comes late."""
+    lengths = ("--max-update 200", "--max-update 600", "--max-update 500")
+
+    def start(peer):
+        words = train_words(
+            data, tmp_path / f"peer{peer}", BESIDE.replace("--codistill-wait 120", ""), lengths[peer],
+            f"--codistill-interval 20 --codistill-topology ring --seed {1 + peer}",
+        )  # fmt: skip
+        return Job(words, peer_environment(peer, 3, tmp_path / "exchange"))
+
+    first = [start(0), start(1)]
+    first[1].wait_for('"num_updates": "200"')
+    first[1].kill()
+    late = start(2)
+    late.wait_for('"num_updates": "50"')
+    back = start(1)
+    logs = [first[0].finish(), back.finish(), late.finish()]
+    for log, length in zip(logs, lengths):
+        assert column(log, "train_inner", "num_updates")[-1] == int(length.split()[1])
+    assert column(logs[1], "train_inner", "num_updates")[0] > 100, "it went on from its checkpoint"
+    assert "learning from peer 0 as of its update 200" in logs[1], "peer 0 has ended and still teaches"
+    assert "learning from peer 1" in logs[2] and len(taught(logs[2])) > 10
+
+
+def test_sigterm_is_how_a_scheduler_stops_a_peer(data, tmp_path):
+    words = train_words(data, tmp_path / "peer0", CODISTILL, "--max-update 1000000 --codistill-interval 1")
+    job = Job(words, peer_environment(0, 2, tmp_path / "exchange"))
+    job.wait_for('"num_updates": "30"')
+    job.signal(signal.SIGTERM)
+    assert job.status() == -signal.SIGTERM
+    reader = Exchange(open_store(str(tmp_path / "exchange")), 1)
+    manifest = reader.newest(0)
+    data = (tmp_path / "exchange/peer0" / manifest.file).read_bytes()
+    assert checksum(data) == manifest.checksum and manifest.update > 0
+
+
+@pytest.mark.parametrize("trouble", ["full disk", "read-only directory"])
+def test_training_goes_on_where_nothing_can_be_published(data, tmp_path, trouble):
+    """From its update 20 on peer 0 can write no more; it trains to the end all the same, and says so once for each."""
+    folder = tmp_path / "exchange/peer0"
+    words = train_words(data, tmp_path / "peer0", CODISTILL, "--max-update 300 --codistill-interval 20 --no-save")
+    job = Job(words, peer_environment(0, 2, tmp_path / "exchange"))
+    job.wait_for("published update 20")
+    if trouble == "full disk":  # of its process: no file may grow beyond a snapshot's header
+        resource.prlimit(job.pid, resource.RLIMIT_FSIZE, (100, 100))
+    else:  # root may write where the mode forbids it, so the directory becomes a file
+        folder.rename(tmp_path / "away")
+        folder.write_text("")
+    log = job.finish()
+    assert column(log, "train_inner", "num_updates")[-1] == 300
+    reasons = {"full disk": "File too large", "read-only directory": "(File exists|Not a directory)"}
+    assert re.search(f"snapshot of update \\d+ was not published: {reasons[trouble]}; training goes on", log)
+    assert totals(log)["failed"] >= 1
+    reader = Exchange(open_store(str(tmp_path / "exchange")), 1)
+    if trouble == "full disk":
+        manifest = reader.newest(0)
+        assert checksum((folder / manifest.file).read_bytes()) == manifest.checksum, "what was published before is whole"
 
 
 @pytest.mark.parametrize("mode", ["--amp", "--codistill-peer-dtype bf16 --update-freq 2", "--codistill-peer-dtype fp16"])

@@ -9,12 +9,13 @@ root="$(cd "$here/../.." && pwd)"
 refuse() { echo "train.sh: $*" >&2; exit 2; }
 
 read_settings() {
-    METHOD="${METHOD:-codistill}" SEED="${SEED:-1}" PEERS="${PEERS:-2}" UPDATES="${UPDATES:-2500}"
+    METHOD="${METHOD:-codistill}" SEED="${SEED:-1}" PEERS="${PEERS:-2}" UPDATES="${UPDATES:-2000}"
     DISTANCE="${DISTANCE:-mse}" GAMMA="${GAMMA:-1.1}" INTERVAL="${INTERVAL:-50}" SYNC="${SYNC:-1}" WAIT="${WAIT:-0}"
+    WIRE="${WIRE:-fp32}"
     LABEL_SMOOTHING="${LABEL_SMOOTHING:-0.1}" RDROP_ALPHA="${RDROP_ALPHA:-5}"
     TOKENS="${TOKENS:-1000}" LR="${LR:-3e-3}" WARMUP="${WARMUP:-200}" DROPOUT="${DROPOUT:-0.1}"
     LAYERS="${LAYERS:-2}" WIDTH="${WIDTH:-128}" FFN="${FFN:-256}" HEADS="${HEADS:-4}"
-    VALIDATE="${VALIDATE:-50}" VALID_TOKENS="${VALID_TOKENS:-4000}"
+    VALIDATE="${VALIDATE:-100}" VALID_TOKENS="${VALID_TOKENS:-4000}"
     CPU="${CPU:-0}" GPUS_PER_PEER="${GPUS_PER_PEER:-1}" DRY_RUN="${DRY_RUN:-0}"
     # Too much of mse ties untrained peers to each other, so its α starts low and grows. How they were tuned: README.md.
     if [[ "$DISTANCE" == *mse ]]; then
@@ -50,7 +51,7 @@ choose_objective() {
         name="codistill_$DISTANCE" jobs="$PEERS"
         objective=(--criterion codistill_ce --codistill-interval "$INTERVAL" --codistill-loss "$DISTANCE"
             --codistill-alpha "$ALPHA" --codistill-alpha-schedule "$ALPHA_SCHEDULE" --codistill-gamma "$GAMMA"
-            --codistill-wait "$WAIT")
+            --codistill-wait "$WAIT" --codistill-wire-dtype "$WIRE")
         [[ "$SYNC" == 0 ]] || objective+=(--codistill-sync)
         ;;
     all_reduce) objective=("${smoothed[@]}") update_freq="$together" ;;

@@ -21,6 +21,7 @@ from .stores import two_peers
 
 KEEP = 3  # snapshots of a peer: one that is being read, the newest, and one between
 BEAT = 5.0  # seconds between two signs of life
+_RUN_LOOKS = 5  # tenths of a second
 _SILENT = 3  # beats that a peer must miss before its index may be taken over, where the store has no locks
 
 
@@ -155,14 +156,16 @@ class Exchange:
         return None if data is None else Manifest.from_json(data)
 
     def _agree(self, mine: Run) -> None:
-        try:
-            theirs = json.loads(self.store.read("run.json", MANIFEST_LIMIT) or b"")
-            theirs = {name: theirs[name] for name in asdict(mine)}
-        except (BadSnapshot, ValueError, RecursionError, KeyError, TypeError):
+        theirs = None
+        for _ in range(_RUN_LOOKS):  # it may just be being written
+            theirs = theirs or self._run()
+            if theirs is None:
+                self._sleep(0.1)
+        if theirs is None:
             raise ValueError(
                 f"codistill_dir must be empty or hold a run of format {FORMAT}, but {self.store}/run.json is neither; "
                 "did you mean another directory?"
-            ) from None
+            )
         for name, label in _AGREE.items():
             if theirs[name] != asdict(mine)[name]:
                 raise ValueError(
@@ -170,6 +173,13 @@ class Exchange:
                     f"{_words(theirs)} and this peer has {_words(asdict(mine))}; did you forget to give this run a "
                     "--codistill-dir of its own, or to preprocess all peers' data with one dictionary?"
                 )
+
+    def _run(self) -> Optional[Dict]:
+        try:
+            run = json.loads(self.store.read("run.json", MANIFEST_LIMIT) or b"")
+            return {name: run[name] for name in asdict(Run(0, None, None))}
+        except (BadSnapshot, ValueError, RecursionError, KeyError, TypeError):
+            return None
 
     def _left_behind(self) -> List[int]:
         """The updates of the snapshots that I published in an earlier life; what a killed publish left is removed."""

@@ -17,6 +17,7 @@ Values = dict[str, float]  # name -> number
 
 # A record is flat, so a body without inner braces also finds the whole record behind one that was torn by a kill.
 RECORD = re.compile(r'\{"epoch"[^{}]*\}')
+_EXCHANGE = re.compile(r"codistillation: exchange totals (\{[^{}]*\})")
 _UPDATE = "num_updates"
 _SETTINGS = ("seed", "max_update", "valid_subset", "log_format", "required_batch_size_multiple")
 
@@ -49,6 +50,16 @@ def _parse_record(body: str) -> Record | None:
     numbers = {name[len(prefix) :]: as_float(value) for name, value in raw.items() if name.startswith(prefix)}
     values = {name: value for name, value in numbers.items() if value is not None}
     return Record(prefix[:-1] or "train_inner", int(epoch), int(update), values)
+
+
+def parse_exchange(line: str) -> Values:
+    """What a codistilling process has exchanged, from the line that it logs when it ends; {} for any other line."""
+    found = _EXCHANGE.search(line)
+    try:
+        raw = json.loads(found[1]) if found else {}
+    except ValueError:
+        return {}
+    return {name: float(value) for name, value in raw.items() if isinstance(value, (int, float))}
 
 
 def as_float(value: Any) -> float | None:

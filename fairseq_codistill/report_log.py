@@ -28,6 +28,7 @@ class TrainLog:
     update: int = 0  # of the newest record
     finished: bool = False
     blank: bool = True  # not one word
+    exchange: Values = field(default_factory=dict)  # totals of the exchange, added up over all processes that ended
     _earlier_seconds: float = 0.0
     _wall: float = 0.0
 
@@ -42,6 +43,8 @@ class TrainLog:
         self.blank = self.blank and not line.strip()
         for record in fairseq_log.parse_records(line):
             self._add(record)
+        for name, value in fairseq_log.parse_exchange(line).items():
+            self.exchange[name] = self.exchange.get(name, 0.0) + value
         settings = fairseq_log.parse_settings(line)
         loaded = _LOADED.search(line)
         if settings:  # a process starts

@@ -34,6 +34,7 @@ def notes(methods: Sequence[Method]) -> list[str]:
     lines += _dropped_sentences([peer.log for _, peer in peers])
     lines += _signatures(methods)
     lines += [line for method in methods for line in _missing_scores(method)]
+    lines += [line for method in methods for line in _exchange(method)]
     unfinished = [f"{name} ({_progress(peer.log)})" for name, peer in peers if not peer.log.finished]
     if unfinished:
         lines.append(f"Still running, or ended early (no 'done training' in the log): {some(unfinished)}.")
@@ -75,6 +76,32 @@ def _signatures(methods: Sequence[Method]) -> list[str]:
             each = "; ".join(f"{signature} in {some(list(found[signature]))}" for signature in sorted(found))
             lines.append(f"WARNING: {key} must not be compared, for the sacreBLEU signatures differ: {each}.")
     return lines
+
+
+def _exchange(method: Method) -> list[str]:
+    """What exchanging cost a peer of this method, in the mean."""
+    logs = [peer.log.exchange for _, peer in method.peers() if peer.log.exchange.get("updates")]
+    if not logs:
+        return []
+    updates = sum(log["updates"] for log in logs)
+    per_update = {name: sum(log.get(name, 0.0) for log in logs) / updates for name in logs[0]}
+    seconds = {name: 1000 * per_update.get(f"{name}_s", 0.0) for name in ("hidden", "visible", "copy", "waited")}
+    skipped = sum(log.get("skipped", 0.0) + log.get("failed", 0.0) for log in logs)
+    return [
+        f"exchange of {method.label}, for each peer and update: published {_size(per_update.get('published_bytes', 0.0))}, "
+        f"read {_size(per_update.get('read_bytes', 0.0))}; in 1,000 updates {seconds['hidden']:.2f} s hidden beside the "
+        f"training, {seconds['copy']:.2f} s copying weights, {seconds['visible']:.2f} s otherwise visible"
+        + (f", {seconds['waited']:.2f} s waiting for peers" if seconds["waited"] else "")
+        + (f"; {skipped:.0f} snapshots skipped or failed." if skipped else ".")
+    ]
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} MB"
 
 
 def _missing_scores(method: Method) -> list[str]:

@@ -103,7 +103,7 @@ class DirectoryStore:
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from a peer that runs as another user
             if not replace:
-                return _put_first(temporary, path)
+                return _put_first(temporary, path, data)
             os.replace(temporary, path)
             return True
         finally:
@@ -148,15 +148,18 @@ class DirectoryStore:
         return self.root
 
 
-def _put_first(temporary: str, path: str) -> bool:
+def _put_first(temporary: str, path: str, data: bytes) -> bool:
     try:
         os.link(temporary, path)  # fails where the name is taken: the first of several writers wins, whole
     except FileExistsError:
         return False
-    except OSError:  # a file system without hard links
-        if os.path.exists(path):
+    except OSError:  # a file system without hard links; there a reader may come before the last byte, and looks again
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
             return False
-        os.replace(temporary, path)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
     return True
 
 
@@ -168,9 +171,14 @@ def two_peers(folder: str, holder: str) -> str:
 
 
 def open_store(url: str):
-    """The store that --codistill-dir names: a path."""
+    """The store that --codistill-dir names: a path, or an fsspec URL. Raises ValueError, in one sentence."""
+    scheme, colon, rest = url.partition(":")
+    if scheme == "file" and rest.startswith("///"):
+        return DirectoryStore(rest[2:])  # rather than fsspec's, which has neither locks nor atomic writes
+    if scheme in ("file", "s3", "gs") and colon and (scheme == "file" or not rest.startswith("//")):
+        raise ValueError(f"codistill_dir must be a path or a URL such as s3://BUCKET/FOLDER or file:///PATH, but is {url!r}.")
     if "://" in url:
-        raise ValueError(
-            f"codistill_dir must be a directory that all peers see, but is {url!r}; this version has no object stores."
-        )
+        from .url_store import UrlStore  # a path needs no fsspec
+
+        return UrlStore(url)
     return DirectoryStore(url)

@@ -78,6 +78,31 @@ def test_the_first_of_several_writers_wins(store):
     assert len(winners) == 1 and store.read("run.json", 10**6) == b"%d" % winners[0] * 1000
 
 
+def test_the_first_writer_wins_without_hard_links_too(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    store = DirectoryStore(str(tmp_path))
+    assert store.write("run.json", b"one", replace=False) and not store.write("run.json", b"two", replace=False)
+    assert store.read("run.json", 10) == b"one" and store.names(".") == ["run.json"]
+
+
+def test_a_run_that_is_just_being_written_is_waited_for(store):
+    """On storage where a reader may come between the creation of run.json and its last byte."""
+    whole = MemoryStore()
+    Exchange(whole, 0).join(RUN)
+    store.write("run.json", b"")
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        store.write("run.json", whole.read("run.json", 10**6))
+
+    Exchange(store, 1, sleep=nap).join(RUN)
+    assert len(naps) == 1
+
+
 def test_a_reader_never_sees_half_a_write(store):
     versions = [bytes([i]) * 50_000 for i in range(4)]
     store.write("x", versions[0])

@@ -267,8 +267,8 @@ def test_fairseq_understands_every_option(method, monkeypatch):
         pytest.importorskip("fairseq.criterions.label_smoothed_cross_entropy_with_rdrop")  # not in stock 0.12.2
     args = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
     assert (args.encoder_layers, args.encoder_embed_dim, args.decoder_ffn_embed_dim) == (2, 128, 256)
-    assert (args.lr, args.max_tokens, args.max_update, args.seed) == ([0.003], 1000, 2500, 3)
-    assert (args.required_batch_size_multiple, args.validate_interval_updates, args.cpu) == (1, 50, True)
+    assert (args.lr, args.max_tokens, args.max_update, args.seed) == ([0.003], 1000, 2000, 3)
+    assert (args.required_batch_size_multiple, args.validate_interval_updates, args.cpu) == (1, 100, True)
     is_smoothed = method in ("all_reduce", "rdrop", "rdrop_all_reduce")
     assert getattr(args, "label_smoothing", 0) == (0.1 if is_smoothed else 0)
     assert args.best_checkpoint_metric == ("nll_loss" if is_smoothed else "loss")

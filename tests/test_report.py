@@ -565,6 +565,27 @@ def test_metric(root, capsys, no_figure):
     assert "--metric must be a field of the valid lines (accuracy, loss, num_updates), but is 'acuracy'" in error
 
 
+def test_what_the_exchange_has_cost(tmp_path, capsys, no_figure):
+    """Over both peers, and over a peer's lives: 600 updates."""
+    make_run(tmp_path / "two", [[4.0], [4.0]])
+    quiet = dict(published=2, skipped=1, failed=0, read=1, published_bytes=0, read_bytes=0, copy_s=0.0, waited_s=0.0)
+    lives = {
+        "peer0": [dict(quiet, updates=100, published_bytes=300_000, hidden_s=0.5, visible_s=0.1)] * 2,
+        "peer1": [dict(quiet, updates=400, read_bytes=1200, hidden_s=0.2, visible_s=0.1, copy_s=0.6, waited_s=3.0)],
+    }
+    for peer, found in lives.items():
+        with open(tmp_path / "two" / peer / "train.log", "a") as log:
+            for life in found:
+                log.write(f"x | INFO | x | codistillation: exchange totals {json.dumps(life)}\n")
+            log.write('codistillation: exchange totals {"updates": 4\n')  # torn by a kill
+    assert run_main(capsys, tmp_path)[0] == 0
+    notes = (tmp_path / "report/table.md").read_text()
+    assert (
+        "exchange of two, for each peer and update: published 1 kB, read 2 bytes; in 1,000 updates 2.00 s hidden beside the "
+        "training, 1.00 s copying weights, 0.50 s otherwise visible, 5.00 s waiting for peers; 3 snapshots skipped or failed."
+    ) in notes
+
+
 def test_dropped_validation_sentences_are_told(capsys, tmp_path, no_figure):
     out = run_main(capsys, REAL / "ls", "--out", tmp_path / "out")[1]
     assert "leaves up to 7 sentences out of validation when --required-batch-size-multiple is 8" in out

@@ -27,7 +27,8 @@ setup(
     extras_require={
         "image": ["torchvision"],
         "s3": ["s3fs"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+        # moto's extra "server" would bring all of AWS, and thirty packages; its S3 needs no more than flask.
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "s3fs", "moto[s3]", "flask", "flask-cors", "simpy", "scipy"],
     },
     entry_points={
         "console_scripts": [

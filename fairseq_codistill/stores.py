@@ -19,6 +19,9 @@ except ImportError:  # no POSIX locks on this system
     fcntl = None  # type: ignore[assignment]
 
 
+_STALE_TRIES = 3
+
+
 class MemoryStore:
     """Named bytes in this process: peers as threads, and tests. The reference for what a store must do."""
 
@@ -74,23 +77,35 @@ class DirectoryStore:
         self._claims: Dict[str, int] = {}
 
     def read(self, name: str, limit: int) -> Optional[bytes]:
-        # Neither a link that leaves the directory nor a pipe that never answers is a snapshot.
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        try:
-            descriptor = os.open(os.path.join(self.root, name), flags)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise BadSnapshot(f"{name} cannot be read ({error.strerror})") from None
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise BadSnapshot(f"{name} is not a plain file")
-            if os.fstat(descriptor).st_size > limit:
-                raise BadSnapshot(f"{name} has more than {limit} bytes")
+        for _ in range(_STALE_TRIES):
             try:
-                return file.read(limit + 1)
+                return self._read(name, limit)
+            except FileNotFoundError:
+                return None
             except OSError as error:
-                raise BadSnapshot(f"{name} cannot be read ({error.strerror})") from None
+                # An NFS client held a file that another host has replaced; opened anew, it is the new one.
+                if error.errno != errno.ESTALE:
+                    raise BadSnapshot(f"{name} cannot be read ({error.strerror})") from None
+        return None
+
+    def _read(self, name: str, limit: int) -> bytes:
+        # Neither a link that leaves the directory nor a pipe that never answers is a snapshot.
+        *folders, last = name.split("/")
+        with contextlib.ExitStack() as opened:
+            parent = None
+            for path, flags in ((self.root, 0), *((folder, os.O_NOFOLLOW) for folder in folders)):
+                parent = os.open(path, os.O_RDONLY | os.O_DIRECTORY | flags, dir_fd=parent)
+                opened.callback(os.close, parent)
+            descriptor = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise BadSnapshot(f"{name} is not a plain file")
+            # The size is asked for so that a huge file costs no memory; what was read has the last word.
+            data = file.read(limit + 1) if found.st_size <= limit else b""
+            if found.st_size > limit or len(data) > limit:
+                raise BadSnapshot(f"{name} has more than {limit} bytes")
+            return data
 
     def write(self, name: str, data: bytes, replace: bool = True) -> bool:
         path = os.path.join(self.root, name)
@@ -101,7 +116,8 @@ class DirectoryStore:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from a peer that runs as another user
+            with contextlib.suppress(OSError):  # some file systems have no modes
+                os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from a peer that runs as another user
             if not replace:
                 return _put_first(temporary, path, data)
             os.replace(temporary, path)
@@ -117,19 +133,24 @@ class DirectoryStore:
     def names(self, folder: str) -> List[str]:
         try:
             return sorted(os.listdir(os.path.join(self.root, folder)))
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return []
 
     def claim(self, folder: str) -> bool:
-        os.makedirs(os.path.join(self.root, folder), exist_ok=True)
+        path = os.path.join(self.root, folder)
+        os.makedirs(path, exist_ok=True)
+        if os.path.islink(path):
+            raise OSError(errno.ELOOP, f"{folder} is a link, and snapshots would lie elsewhere")
         if fcntl is None:
             return False
-        descriptor = os.open(os.path.join(self.root, folder, "lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # a planted link would lead to somebody's file
+        descriptor = os.open(os.path.join(path, "lock"), flags, 0o644)
         try:
             # A POSIX lock ends with its process, however that dies, and its data-loading children do not inherit it.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            holder = holder if holder.isprintable() and holder else "another process"
             os.close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(two_peers(folder, holder)) from None
@@ -158,8 +179,12 @@ def _put_first(temporary: str, path: str, data: bytes) -> bool:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+        except OSError:
+            os.unlink(path)  # a torn one would be in everybody's way
+            raise
     return True
 
 

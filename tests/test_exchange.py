@@ -1,5 +1,6 @@
 """One contract for every store, and format 1 on top of it, with real files, real processes and real failures."""
 
+import errno
 import multiprocessing
 import os
 import stat
@@ -305,6 +306,52 @@ def test_what_is_no_plain_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "peer1/latest.json")  # opening it to read would wait for a writer
     with pytest.raises(BadSnapshot, match="not a plain file"):
         Exchange(store, 0).newest(1)
+
+
+def test_no_link_leads_out_of_the_directory(tmp_path):
+    """A planted link in place of a folder or of the lock: nothing is read, written or truncated behind it."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "latest.json").write_text("precious")
+    root = tmp_path / "x"
+    root.mkdir()
+    (root / "peer1").symlink_to(outside)
+    store = DirectoryStore(str(root))
+    with pytest.raises(BadSnapshot):
+        store.read("peer1/latest.json", 100)
+    with pytest.raises(ValueError, match="codistill_dir must be .* peer1 is a link"):
+        Exchange(store, 1).join(RUN)
+    (root / "peer0").mkdir()
+    (root / "peer0/lock").symlink_to(outside / "latest.json")
+    with pytest.raises(ValueError, match="codistill_dir must be"):
+        Exchange(store, 0).join(RUN)
+    assert (outside / "latest.json").read_text() == "precious" and len(list(outside.iterdir())) == 1
+
+
+def test_a_stale_file_handle_is_opened_anew(tmp_path, monkeypatch):
+    store, calls = DirectoryStore(str(tmp_path)), []
+    store.write("x", b"new")
+    read, good = store._read, [3]
+
+    def stale(name, limit):
+        calls.append(name)
+        if len(calls) < good[0]:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(name, limit)
+
+    monkeypatch.setattr(store, "_read", stale)
+    assert store.read("x", 10) == b"new" and len(calls) == 3
+    good[0] = 100
+    assert store.read("x", 10) is None, "it is looked for again later"
+
+
+def test_a_file_that_grows_while_it_is_read_is_not_taken_for_small(tmp_path, monkeypatch):
+    store = DirectoryStore(str(tmp_path))
+    store.write("x", b"12345")
+    real = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda descriptor: os.stat_result([*real(descriptor)[:6], 2, *real(descriptor)[7:]]))
+    with pytest.raises(BadSnapshot, match="more than 3 bytes"):
+        store.read("x", 3)
 
 
 def test_a_snapshot_can_be_read_by_other_users(tmp_path):

@@ -28,6 +28,7 @@ from fairseq_runs import (
     train_words,
     weights,
 )
+from s3_server import ACCESS_KEY, SECRET_KEY, s3_server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fairseq_codistill.exchange import Exchange
@@ -216,6 +217,22 @@ def test_training_goes_on_where_nothing_can_be_published(data, tmp_path, trouble
     if trouble == "full disk":
         manifest = reader.newest(0)
         assert checksum((folder / manifest.file).read_bytes()) == manifest.checksum, "what was published before is whole"
+
+
+def test_two_peers_over_s3(data, tmp_path):
+    """A real S3 server on loopback instead of a shared directory; nothing but the URL changes."""
+    with s3_server() as server:
+        url = server.bucket() + "/run"
+        jobs = []
+        for peer in range(2):
+            words = train_words(data, tmp_path / f"peer{peer}", LOCKSTEP, f"--max-update 12 --seed {1 + peer}")
+            jobs.append(Job(words, {**peer_environment(peer, 2, url), **server.environment}))
+        logs = [job.finish() for job in jobs]
+        for log in logs:
+            assert len(taught(log)) == 8 and column(log, "train_inner", "codistill_staleness")[:4] == [0, 1, 2, 3]
+            assert SECRET_KEY not in log and ACCESS_KEY not in log
+        status = command("codistill-launch", "status", url, "--json", environment=server.environment)
+        assert [peer["state"] for peer in json.loads(status)["peers"]] == ["ended", "ended"]
 
 
 @pytest.mark.parametrize("mode", ["--amp", "--codistill-peer-dtype bf16 --update-freq 2", "--codistill-peer-dtype fp16"])

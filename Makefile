@@ -15,7 +15,10 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input
 # Commands that the demo and the tests start (fairseq-train, codistill-launch) are found through PATH.
 IN_VENV := PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help install demo test lint test-legacy clean FORCE
+# Where `make benchmark` and `make soak` put data and runs; their tables and figures go to benchmarks/results.
+BENCHMARKS ?= benchmark-runs
+
+.PHONY: help install demo test lint benchmark soak test-legacy clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -23,8 +26,10 @@ help:
 	@echo 'make demo         codistillation against its baselines on a corpus of our own: ten minutes on two cores'
 	@echo 'make test         the tests; TESTS=tests/test_losses.py runs some of them'
 	@echo 'make lint         ruff'
+	@echo 'make benchmark    what an exchange costs and saves, fuzzing, kills: half an hour on two idle cores'
+	@echo 'make soak         peers that are killed and started again for twenty minutes and more'
 	@echo 'make test-legacy  the tests with stock fairseq 0.12.2, where a Python 3.9 or 3.10 is found'
-	@echo 'make clean        remove .venv, .venv-legacy and demo'
+	@echo 'make clean        remove .venv, .venv-legacy, demo and benchmark-runs'
 
 install: $(VENV)/.installed
 
@@ -37,8 +42,20 @@ test: install
 lint: install
 	$(IN_VENV) ruff check .
 
+benchmark: install
+	$(IN_VENV) python benchmarks/communication.py
+	$(IN_VENV) python benchmarks/simulate.py --sweep benchmarks/results/simulation
+	$(IN_VENV) python benchmarks/fuzz_snapshots.py --examples 2200 --seed 1
+	$(IN_VENV) python benchmarks/kill_while_publishing.py --kills 200 --seed 1
+	rm -rf $(BENCHMARKS)/exchange_speed
+	$(IN_VENV) python benchmarks/exchange_speed.py --out $(BENCHMARKS)/exchange_speed --results benchmarks/results/exchange_speed
+
+soak: install
+	rm -rf $(BENCHMARKS)/soak
+	$(IN_VENV) python benchmarks/soak.py --out $(BENCHMARKS)/soak --results benchmarks/results/soak
+
 clean:
-	rm -rf .venv .venv-legacy demo
+	rm -rf .venv .venv-legacy demo $(BENCHMARKS)
 
 # --- installation -----------------------------------------------------------------------------------------------------
 

@@ -118,7 +118,10 @@ class Exchange:
 
     def at(self, peer: int, update: int) -> Optional[Manifest]:
         """What `peer` published at `update`, None if that is not there. Raises BadSnapshot."""
-        return self._manifest(peer, manifest_name(update))
+        manifest = self._manifest(peer, manifest_name(update))
+        if manifest is not None and manifest.update != update:
+            raise BadSnapshot(f"{manifest_name(update)} is the manifest of update {manifest.update}")
+        return manifest
 
     def fetch(self, peer: int, manifest: Manifest, fingerprint: str, expected: Weights) -> Optional[Weights]:
         """The verified tensors of a snapshot; None when it was replaced meanwhile. Raises BadSnapshot."""

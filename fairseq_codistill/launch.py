@@ -5,7 +5,7 @@ r"""`codistill-launch`: one fairseq job for each peer, started, shown and stoppe
 
 Peer i runs the same command with `--save-dir RUN/peer{i}`, `--seed S + i·10,000,000` and `--log-format json`, in a
 process group of its own; it finds CODISTILL_PEER, CODISTILL_PEERS and CODISTILL_DIR in its environment and writes to
-RUN/peer{i}/train.log.
+RUN/peer{i}/train.log. `codistill-launch status RUN` shows who takes part; see `launch_status`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Optional
 
+from . import launch_status
 from .launch_peer import Peer
 from .launch_plan import PeerPlan, Plan, make_plan
 from .launch_progress import last_lines
@@ -40,9 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="codistill-launch",
         allow_abbrev=False,
-        usage="codistill-launch --peers N [options] -- COMMAND ...",
+        usage="codistill-launch --peers N [options] -- COMMAND ...\n       codistill-launch status DIR [options]",
         description="Start one fairseq job for each peer, show them all, stop them together.",
-        epilog="Any other command than fairseq-train or fairseq-hydra-train (a script, a Slurm step) only gets its "
+        epilog="`codistill-launch status DIR` shows who takes part in a run, also one that others have started. "
+        "Any other command than fairseq-train or fairseq-hydra-train (a script, a Slurm step) only gets its "
         "environment; it finds its index in $CODISTILL_PEER. Ctrl-C stops all peers, a second one kills them. "
         "Exit status: 0 when all peers ended well, 130 or 143 after Ctrl-C or SIGTERM, 2 for bad input, "
         "else that of the first peer that failed.",
@@ -199,8 +201,11 @@ def _signal_name(status: int) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command. Returns its exit status; bad input is one sentence on stderr and 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "status":
+        return launch_status.main(argv[1:])
     try:
-        options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        options = parse_arguments(argv)
         plan = make_plan(options, os.environ)
         for peer in plan.peers:
             make_log(peer.log, "--log-dir" if options.log_dir else "--save-dir")

@@ -6,6 +6,7 @@ What comes from another peer is data: nothing is executed, and whatever is wrong
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from typing import Any, Callable, Dict, Optional
 FORMAT = 1
 STATES = ("waiting", "training", "ended", "stopped")
 MANIFEST_LIMIT = 1 << 20  # bytes; a manifest is small, and is read before anything is known of its writer
-_FILE_NAME = re.compile(r"u\d{9}\.safetensors")
+_FILE_NAME = re.compile(r"u\d{9}\.safetensors", re.ASCII)
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -44,30 +45,54 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), indent=1).encode()
+        return sealed(dataclasses.asdict(self))
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
         """Raises BadSnapshot unless every field is there, of its type, and in its range."""
-        return Manifest(**_fields_of(data, Manifest, _CHECKS, "manifest"))
+        manifest = Manifest(**_fields_of(data, Manifest, _CHECKS, "manifest"))
+        if manifest.file != file_name(manifest.update):
+            raise BadSnapshot(f"the manifest's file must be that of its update {manifest.update}, but is {manifest.file!r}")
+        return manifest
+
+
+def _digest(fields: Dict[str, Any]) -> str:
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def sealed(fields: Dict[str, Any]) -> bytes:
+    """With a digest of all other fields, so that no bit that a disk or a network turns is believed."""
+    return json.dumps({**fields, "digest": _digest(fields)}, indent=1).encode()
 
 
 def _fields_of(data: bytes, kind: type, checks: Dict[str, Callable[[Any], bool]], what: str) -> Dict[str, Any]:
     try:
         fields = json.loads(data)
+        digest = fields.pop("digest", None) if isinstance(fields, dict) else None
+        whole = digest == _digest(fields)
     except (ValueError, RecursionError) as error:
         raise BadSnapshot(f"the {what} is not JSON ({type(error).__name__})") from None
     if not isinstance(fields, dict):
         raise BadSnapshot(f"the {what} must be a JSON object, but is a {type(fields).__name__}")
-    if fields.get("format") != FORMAT:
-        raise BadSnapshot(f"the {what}'s format must be {FORMAT}, but is {str(fields.get('format'))[:40]}")
+    if fields.get("format") != FORMAT or type(fields["format"]) is not int:
+        raise BadSnapshot(f"the {what}'s format must be {FORMAT}, but is {_shown(fields, 'format')}")
     known = {field.name for field in dataclasses.fields(kind)}
     # A later version may add fields; that is no reason to lose a teacher.
     fields = {name: value for name, value in fields.items() if name in known}
     for name, good in checks.items():
         if name not in fields or not good(fields[name]):
-            raise BadSnapshot(f"the {what}'s {name} must not be {str(fields.get(name, 'missing'))[:80]!r}")
+            raise BadSnapshot(f"the {what}'s {name} must not be {_shown(fields, name)}")
+    if not whole:
+        raise BadSnapshot(f"the {what} is damaged: its digest is not that of its fields")
     return fields
+
+
+def _shown(fields: Dict[str, Any], name: str) -> str:
+    """A field's value for a sentence: short, and without control characters."""
+    value = fields.get(name, "missing")
+    # A list or an object can be as deep as the parser's stack, too deep to be shown.
+    return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else ascii(str(value)[:80])
 
 
 def _count(value: object) -> bool:
@@ -121,7 +146,7 @@ class Presence:
     format: int = FORMAT
 
     def to_json(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), indent=1).encode()
+        return sealed(dataclasses.asdict(self))
 
     @staticmethod
     def from_json(data: bytes) -> Presence:

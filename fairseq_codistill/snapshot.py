@@ -117,7 +117,7 @@ class Buffer:
         scale_view = self._views.get(name + _SCALE)
         if scale_view is None:
             return [(self._views[name], tensor)]
-        rows = tensor.reshape(tensor.shape[0], -1).float()
+        rows = tensor.flatten(1).float()
         scale = rows.abs().amax(1) / 127 if rows.numel() else rows.new_zeros(len(rows))
         whole = (rows / scale.clamp_min(torch.finfo(scale.dtype).tiny).unsqueeze(1)).round().view(tensor.shape)
         return [(self._views[name], whole), (scale_view, scale)]
@@ -188,7 +188,7 @@ def decode(data: bytes, manifest: Manifest, expected: Weights) -> Weights:
 
 def _check_kind(name: str, tensor: Tensor, expected: Tensor, scale: Optional[Tensor]) -> None:
     if tensor.shape != expected.shape:
-        raise BadSnapshot(f"{name!r} has shape {tuple(tensor.shape)}, but my model's has {tuple(expected.shape)}")
+        raise BadSnapshot(f"{name!r} has shape {str(tuple(tensor.shape))[:80]}, but my model's has {tuple(expected.shape)}")
     if scale is not None:
         scaled = expected.is_floating_point() and expected.dim() > 1 and tensor.dtype == torch.int8
         same = scaled and scale.dtype == torch.float32 and scale.shape == expected.shape[:1]

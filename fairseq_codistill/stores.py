@@ -97,10 +97,11 @@ class DirectoryStore:
                 parent = os.open(path, os.O_RDONLY | os.O_DIRECTORY | flags, dir_fd=parent)
                 opened.callback(os.close, parent)
             descriptor = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
-        with os.fdopen(descriptor, "rb") as file:
+            opened.callback(os.close, descriptor)
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise BadSnapshot(f"{name} is not a plain file")
+            file = opened.enter_context(os.fdopen(descriptor, "rb", closefd=False))
             # The size is asked for so that a huge file costs no memory; what was read has the last word.
             data = file.read(limit + 1) if found.st_size <= limit else b""
             if found.st_size > limit or len(data) > limit:

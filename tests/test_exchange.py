@@ -306,6 +306,15 @@ def test_what_is_no_plain_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "peer1/latest.json")  # opening it to read would wait for a writer
     with pytest.raises(BadSnapshot, match="not a plain file"):
         Exchange(store, 0).newest(1)
+    (tmp_path / "peer1/latest.json").unlink()
+    (tmp_path / "peer1/latest.json").mkdir()
+    free = os.dup(0)
+    os.close(free)
+    with pytest.raises(BadSnapshot, match="not a plain file"):
+        Exchange(store, 0).newest(1)
+    again = os.dup(0)
+    os.close(again)
+    assert again == free, "no descriptor is left open, look after look"
 
 
 def test_no_link_leads_out_of_the_directory(tmp_path):

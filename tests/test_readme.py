@@ -1,5 +1,6 @@
 """The commands of the README really run: each of its code blocks is either run here or is what `make` runs."""
 
+import json
 import re
 import shlex
 
@@ -18,6 +19,7 @@ def test_every_block_is_known():
         ["make", "demo"],  # tests/test_demo.py, small
         ["pip", "install"],  # the steps of the Makefile, below
         ["codistill-launch", "--peers"],  # below
+        ["codistill-launch", "status"],  # below, on the exchange that the one before has left
     ]
 
 
@@ -42,6 +44,9 @@ def test_launch_generate_and_report(data, tmp_path):
         assert column(log, "train_inner", "num_updates")[-1] == 6 and len(column(log, "train_inner", "codistill_loss")) == 4
     seeds = {re.search(r"'seed': (\d+)", (tmp_path / f"checkpoints/two/peer{i}/train.log").read_text())[1] for i in (0, 1)}
     assert len(seeds) == 2
+
+    status = json.loads(command(*shlex.split(BLOCKS[3]), cwd=tmp_path))
+    assert [peer["state"] for peer in status["peers"]] == ["ended", "ended"], status
 
     generate = re.search(r"`(fairseq-generate data-bin/[^`]*)`", README)[1]
     generated = command(*shlex.split(generate), "--cpu", "--max-len-b", "12", cwd=tmp_path)

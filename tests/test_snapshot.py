@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
-from fairseq_codistill.manifest import BadSnapshot, Manifest
+from fairseq_codistill.manifest import BadSnapshot, Manifest, sealed
 from fairseq_codistill.snapshot import (
     Buffer,
     check_manifest,
@@ -224,7 +224,10 @@ def test_a_bad_field_of_a_manifest_is_named(name, value):
 
 def test_fields_of_a_later_version_are_passed_over():
     fields = json.loads(snapshot(Model())[1].to_json())
-    assert Manifest.from_json(json.dumps({**fields, "colour": "blue"}).encode()) == snapshot(Model())[1]
+    del fields["digest"]
+    assert Manifest.from_json(sealed({**fields, "colour": "blue"})) == snapshot(Model())[1]
+    with pytest.raises(BadSnapshot, match="the manifest is damaged: its digest is not that of its fields"):
+        Manifest.from_json(json.dumps({**fields, "digest": "sha256:" + "0" * 64}).encode())
 
 
 @given(st.binary(max_size=300) | st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=20).map(

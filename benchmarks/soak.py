@@ -169,7 +169,7 @@ def judge(quiet: List[float], loud: List[float], peers: List[Peer], args: argpar
         f"{seconds / 60:.1f} minutes, {sum(len(peer.kills) for peer in peers)} kills",
         *(
             f"peer {p.index}: {'reached' if p.done else 'did NOT reach'} update {p.update}, killed {len(p.kills)} times, ended "
-            f" with an error {p.failures} times, reloaded its teacher {t} times, best valid NLL {loss:.3f}"
+            f"with an error {p.failures} times, reloaded its teacher {t} times, best valid NLL {loss:.3f}"
             for p, t, loss in zip(peers, taught, loud)
         ),
         f"snapshots refused: {refused}",

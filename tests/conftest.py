@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 from fairseq_runs import preprocess, write_corpus
 
@@ -13,3 +15,7 @@ def raw(tmp_path_factory):
 def data(raw, tmp_path_factory):
     """A binarised translation corpus, a → b."""
     return preprocess(raw, tmp_path_factory.mktemp("bin"), "-s", "a", "-t", "b")
+
+
+# A shell that starts the tests in the background makes them, and all that they start, deaf to SIGINT; some tests press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -210,13 +210,13 @@ class Codistiller:
         is_late = self._due and not self.lockstep and update % max(1, self.interval // _LATE_LOOKS) == 0
         if not is_due and not is_late:
             return
-        start = time.perf_counter()
+        start, asked_for = time.perf_counter(), self._asked_for_seconds()
         if is_due:
             self._exchange(update, first)
         else:
             self._reload()
         if self._leads:
-            self._courier.totals.visible_s += time.perf_counter() - start
+            self._courier.totals.visible_s += time.perf_counter() - start - (self._asked_for_seconds() - asked_for)
             if first:
                 self._courier.watch()
 
@@ -314,9 +314,7 @@ class Codistiller:
                     self.sleep(_LOOK_AGAIN)
             answer = self._share(answer)
         if self._leads:
-            seconds = time.monotonic() - start
-            self._courier.totals.waited_s += seconds
-            self._courier.totals.visible_s -= seconds  # waiting was asked for
+            self._courier.totals.waited_s += time.monotonic() - start
         return answer
 
     def _share(self, what: Any) -> Any:
@@ -339,10 +337,14 @@ class Codistiller:
                 dist.broadcast(tensor, src=0)
         self._held[peer] = _Held(model, manifest)
         if self._leads:
-            self._courier.copied(time.perf_counter() - start)
+            self._courier.totals.copy_s += time.perf_counter() - start
         logger.info(f"codistillation: learning from peer {peer} as of its update {manifest.update}")
 
     # Small questions.
+
+    def _asked_for_seconds(self) -> float:
+        """Copying weights, and waiting where that was asked for: not counted as visible."""
+        return self._courier.totals.copy_s + self._courier.totals.waited_s if self._leads else 0.0
 
     @property
     def _leads(self) -> bool:

@@ -138,16 +138,11 @@ class Courier:
             return False
         start = time.perf_counter()
         copied = self._buffer.fill(weights)
-        self.copied(time.perf_counter() - start)
+        self.totals.copy_s += time.perf_counter() - start
         self._publishing = self._begin(self._publish, copied, update, needed_from, facts)
         if not self.in_background:
             self.drain()
         return True
-
-    def copied(self, seconds: float) -> None:
-        """The training thread has copied weights for so long."""
-        self.totals.copy_s += seconds
-        self.totals.visible_s -= seconds
 
     def _publish(self, copied: Callable[[], None], update: int, needed_from: Optional[int], facts: Dict[str, Any]) -> None:
         start = time.perf_counter()

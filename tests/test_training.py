@@ -155,6 +155,7 @@ def test_exchanging_beside_the_training(data, tmp_path):
         assert newest["done"] and newest["update"] == 400 and newest["dtype"] == "bfloat16"
         assert seen["updates"] == 400 and seen["failed"] == 0 and seen["published"] + seen["skipped"] == 11
         assert seen["published_bytes"] == seen["published"] * newest["bytes"]
+        assert 0 <= seen["visible_s"] and 0 < seen["copy_s"] and 0 < seen["hidden_s"]
         assert 1 <= seen["read"] <= other["published"] and seen["read_bytes"] == seen["read"] * newest["bytes"]
         assert len(taught(log)) > 10 and log.count("learning from peer") >= 1
         life = json.loads((tmp_path / f"exchange/peer{peer}/alive.json").read_text())

@@ -26,6 +26,7 @@ from fairseq_codistill.fairseq_log import parse_records
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = 2
+_AROUND = 10  # updates before and after
 
 
 def make_data(folder: Path, words: int, sentences: int = 3000) -> Path:
@@ -60,12 +61,13 @@ def train(data: Path, out: Path, peers: int, updates: int, args: argparse.Namesp
 
 
 def updates_per_second(log: Path, first: int, last: int) -> float:
-    """Between two updates, by the times of their log lines, which are whole seconds."""
-    times: Dict[int, datetime] = {}
+    """Between two updates. Log lines have whole seconds, so each end is the mean time of the updates around it."""
+    times: Dict[int, float] = {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         for record in parse_records(line):
-            times.setdefault(record.update, datetime.strptime(line[:19], "%Y-%m-%d %H:%M:%S"))
-    return (last - first) / (times[last] - times[first]).total_seconds()
+            times.setdefault(record.update, datetime.strptime(line[:19], "%Y-%m-%d %H:%M:%S").timestamp())
+    begin, end = (statistics.mean(times[update + i] for i in range(-_AROUND, _AROUND + 1)) for update in (first, last))
+    return (last - first) / (end - begin)
 
 
 def measure(arm: str, number: int, data: Path, teacher: Path, args: argparse.Namespace) -> Dict[str, object]:
@@ -76,7 +78,8 @@ def measure(arm: str, number: int, data: Path, teacher: Path, args: argparse.Nam
     train(data, out, PEERS, args.updates, args, *options)
     first = args.interval + args.interval // 2
     logs = [out / f"peer{peer}" / "train.log" for peer in range(PEERS)]
-    speeds = [updates_per_second(log, first, args.updates - 5) for log in logs]
+    last = first + (args.updates - _AROUND - first) // args.interval * args.interval  # whole intervals, each with one exchange
+    speeds = [updates_per_second(log, first, last) for log in logs]
     row: Dict[str, object] = {"arm": arm, "round": number, "updates_per_second": round(statistics.mean(speeds), 4)}
     if arm == "exchanging":
         totals = [lives[0].totals for lives in run_log.load(str(out)).peers]
@@ -93,7 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for data and runs; must not exist yet")
     parser.add_argument("--results", type=Path, help="write the table here, as results.json and results.txt")
-    parser.add_argument("--updates", type=int, default=230)
+    parser.add_argument("--updates", type=int, default=240)
     parser.add_argument("--interval", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--words", type=int, default=30_000, help="words in the dictionary")
@@ -101,8 +104,9 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=200, help="--max-tokens: target tokens in a batch")
     args = parser.parse_args()
-    if args.out.exists() or args.updates < 2 * args.interval + 5:
-        parser.error("--out must not exist yet, and --updates must be above two intervals")
+    least = 5 * args.interval // 2 + _AROUND
+    if args.out.exists() or args.updates < least or args.interval < 2 * _AROUND:
+        parser.error(f"--out must not exist yet, --interval be {2 * _AROUND} or more, and --updates {least} or more")
     args.out.mkdir(parents=True)
     data = make_data(args.out / "data", args.words)
     train(data, args.out / "teacher", 1, 1, args, "--no-epoch-checkpoints")

@@ -17,8 +17,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fairseq_codistill.exchange import Exchange
-from fairseq_codistill.launch_observer import Observer
 from fairseq_codistill.manifest import MANIFEST_LIMIT, BadSnapshot, Manifest, Presence
+from fairseq_codistill.observer import Observer
 from fairseq_codistill.snapshot import Buffer, Weights, fingerprint, size_limit, tensors_of
 from fairseq_codistill.stores import MemoryStore
 

@@ -22,6 +22,7 @@ import torch
 
 from .exchange import BEAT, Exchange
 from .manifest import BadSnapshot, Manifest, Presence
+from .observer import Observer, in_words
 from .snapshot import Buffer, Weights
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ class Courier:
         self._progress: Tuple[int, Dict[str, int]] = (0, {})  # update, and the update held of each teacher
         self._course: Deque[Tuple[float, int]] = collections.deque(maxlen=_COURSE)
         self._threads: List[threading.Thread] = []
+        self._observer: Optional[Observer] = None
+        self._telling: Optional[threading.Thread] = None
 
     # Life.
 
@@ -96,17 +99,19 @@ class Courier:
         # A daemon: one that hangs in a dead file system must not keep the process from ending.
         thread = threading.Thread(target=work, args=args, daemon=True, name="codistillation")
         thread.start()
-        self._threads.append(thread)
+        self._threads = [other for other in self._threads if other.is_alive()] + [thread]
         return thread
 
     def at(self, update: int, held: Dict[int, int], seconds: Optional[float] = None) -> None:
-        """For the signs of life: where training is, and the update held of each teacher.
+        """For the signs of life: where training is, and the update held of each teacher. Logs who else is present.
 
         `seconds`: how long the last interval between two exchanges took; the teachers are looked at accordingly.
         """
         self._progress, self._state = (update, {str(peer): of for peer, of in held.items()}), "training"
         if seconds is not None:
             self._period = min(max(seconds / _LOOKS, _SHORTEST_PERIOD), _LONGEST_PERIOD)
+        if self._telling is None or not self._telling.is_alive():
+            self._telling = self._begin(self._tell_of_company, update)
 
     def drain(self, seconds: Optional[float] = None) -> bool:
         """Wait until what is being published is published; False if that took longer than `seconds`."""
@@ -235,6 +240,15 @@ class Courier:
             if ("sign", str(error)) not in self._warned:
                 self._warned.add(("sign", str(error)))
                 logger.warning(f"codistillation: no sign of life could be given: {error}; training goes on")
+
+    def _tell_of_company(self, update: int) -> None:
+        try:
+            self._observer = self._observer or Observer(self.exchange.store, self.clock)
+            others = [peer for peer in range(self._observer.run["peers"]) if peer != self.exchange.peer]
+            present = "; ".join(in_words(self._observer.row(peer)) for peer in others)
+            logger.info(f"codistillation: at update {update}: {present}")
+        except Exception as error:  # whatever it is, training must go on
+            logger.info(f"codistillation: at update {update}: who is present cannot be seen: {error}")
 
     def _count(self, **more: float) -> None:
         with self._counting:

@@ -98,8 +98,7 @@ class Exchange:
         failing store; either way no reader sees anything half done.
         """
         buffer = weights if isinstance(weights, Buffer) else Buffer.of(weights)
-        buffer.check_finite()
-        manifest = describe(buffer.data, update, dtype=buffer.dtype, **facts)
+        manifest = describe(buffer, update, **facts)
         folder = self._folder(self.peer)
         # A failed attempt is cleared away by the next one, not at once: a store that timed out may have taken it after all.
         self._remove(self._torn)

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .launch_observer import LIVE_STATES, SILENT_SECONDS, Age, Observer, Row, find_exchange, plain
 from .launch_view import duration, text_of
 from .manifest import FORMAT
+from .observer import LIVE_STATES, SILENT_SECONDS, Age, Observer, Row, find_exchange, plain
 
 
 def size(count: int) -> str:

@@ -88,7 +88,7 @@ class DirectoryStore:
                     raise BadSnapshot(f"{name} cannot be read ({error.strerror})") from None
         return None
 
-    def _read(self, name: str, limit: int) -> bytes:
+    def _read(self, name: str, limit: int) -> bytearray:
         # Neither a link that leaves the directory nor a pipe that never answers is a snapshot.
         *folders, last = name.split("/")
         with contextlib.ExitStack() as opened:
@@ -101,10 +101,17 @@ class DirectoryStore:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise BadSnapshot(f"{name} is not a plain file")
+            if found.st_size > limit:
+                raise BadSnapshot(f"{name} has more than {limit} bytes")
             file = opened.enter_context(os.fdopen(descriptor, "rb", closefd=False))
-            # The size is asked for so that a huge file costs no memory; what was read has the last word.
-            data = file.read(limit + 1) if found.st_size <= limit else b""
-            if found.st_size > limit or len(data) > limit:
+            # Memory that may be written to, so that tensors can lie in it. The size may be an old one that the system
+            # remembers: what is read has the last word.
+            data = bytearray(found.st_size)
+            del data[file.readinto(data) :]
+            if file.read(1):
+                file.seek(0)
+                data = bytearray(file.read(limit + 1))
+            if len(data) > limit:
                 raise BadSnapshot(f"{name} has more than {limit} bytes")
             return data
 

@@ -19,6 +19,7 @@ from fairseq_codistill.manifest import BadSnapshot
 from fairseq_codistill.snapshot import fingerprint, tensors_of
 from fairseq_codistill.stores import DirectoryStore, MemoryStore
 
+ROOT = Path(__file__).parents[1]
 SECONDS = 30  # to wait for what must come; far above what it takes
 
 
@@ -276,8 +277,9 @@ def test_sigterm_finishes_what_is_being_published_and_then_ends_the_process(tmp_
                 one.drain({SECONDS})
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -288,3 +290,42 @@ def test_sigterm_finishes_what_is_being_published_and_then_ends_the_process(tmp_
     reader.look(0)
     manifest, weights = reader.take(0)
     assert manifest.update == 8 and (weights["weight"] == 3.0).all()
+
+
+def told(caplog, one, update):
+    """What the log says of the other peers at `update`."""
+    one.at(update, {})
+    one._telling.join(SECONDS)
+    (line,) = [m for m in caplog.messages if f"at update {update}: " in m]
+    return line.partition(f"at update {update}: ")[2]
+
+
+def test_the_log_tells_who_is_present(caplog):
+    caplog.set_level("INFO")
+    store = MemoryStore()
+    one, other = courier(store, 0, [1]), courier(store, 1)
+    one.exchange.join(Run(3, "a" * 64, 8))
+    assert told(caplog, one, 0) == "peer 1 absent; peer 2 absent"
+    other._progress, other._state = (40, {"0": 20}), "training"
+    other._give_sign()
+    assert told(caplog, one, 10) == "peer 1 training, update 40; peer 2 absent"
+    other._progress = (60, {"0": 40})
+    other._give_sign()
+    assert "peer 1 training, update 60, " in told(caplog, one, 20) and "sign of life 0 s ago; peer 2" in caplog.text
+    one._observer.monotonic = lambda clock=one._observer.monotonic: clock() + 31
+    assert "peer 1 silent, update 60, sign of life 31 s ago" in told(caplog, one, 30)
+    other.stop("ended")
+    assert told(caplog, one, 40) == "peer 1 ended, update 60; peer 2 absent"
+
+
+def test_a_store_that_hangs_keeps_no_second_teller_waiting():
+    gate = Gate(reading="alive")
+    one = courier(gate, 0, [1])
+    one.exchange.join(Run(2, None, 8))
+    one.at(0, {})
+    assert gate.reached.wait(SECONDS)
+    first = one._telling
+    one.at(10, {})
+    assert one._telling is first
+    gate.open.set()
+    first.join(SECONDS)

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fairseq_codistill import launch, launch_observer
+from fairseq_codistill import launch
 from fairseq_codistill.exchange import Exchange, Run
-from fairseq_codistill.launch_observer import Age, Observer, age_by_its_clock, find_exchange, plain, read_run
 from fairseq_codistill.launch_status import age_text, size
 from fairseq_codistill.manifest import BadSnapshot, Manifest, Presence, file_name
+from fairseq_codistill.observer import PEERS_LIMIT, Age, Observer, age_by_its_clock, find_exchange, plain, read_run
 from fairseq_codistill.snapshot import fingerprint, tensors_of
 from fairseq_codistill.stores import DirectoryStore, MemoryStore, open_store
 
@@ -394,8 +394,8 @@ def test_a_store_that_fails_is_a_sentence_in_each_row(clocks):
 
 
 def test_the_largest_run_is_shown_soon(exchange, capsys):
-    begin(exchange, peers=launch_observer.PEERS_LIMIT)
-    alive(exchange, launch_observer.PEERS_LIMIT - 1)
+    begin(exchange, peers=PEERS_LIMIT)
+    alive(exchange, PEERS_LIMIT - 1)
     start = time.monotonic()
     code, out, _ = status(capsys, exchange.root, "--json")
     assert code == 0 and json.loads(out)["peers"][-1]["state"] == "training"

@@ -15,12 +15,16 @@ from fairseq_codistill.snapshot import (
     Buffer,
     check_manifest,
     checksum,
-    decode,
     describe,
     fingerprint,
     size_limit,
     tensors_of,
 )
+from fairseq_codistill.snapshot import (
+    decode as decode_bytes,
+)
+
+decode = decode_bytes  # which the fixture below replaces
 
 
 class Model(nn.Module):
@@ -36,6 +40,13 @@ class Model(nn.Module):
         self.register_buffer("version", torch.tensor([3.0]))
         self.register_buffer("empty", torch.zeros(0))
         self.register_buffer("_float_tensor", torch.tensor([math.nan]))  # as fairseq's, uninitialised
+
+
+@pytest.fixture(params=[bytes, bytearray], autouse=True)
+def memory(request, monkeypatch):
+    """Everything is read twice: from memory that tensors can lie in, and from other memory, which is copied."""
+    monkeypatch.setitem(globals(), "decode", lambda data, *rest: decode_bytes(request.param(data), *rest))
+    return request.param
 
 
 FACTS = dict(dtype="float32", epoch=2, model={"class": "Model"}, time=1.5e9, valid_loss=4.2, resumes_from=0, done=False)
@@ -56,6 +67,14 @@ def test_what_is_written_is_read_back_to_the_bit():
     weights = decode(data, read, tensors_of(mine))
     assert weights.keys() == tensors_of(model).keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in tensors_of(model).items())
+
+
+def test_a_snapshot_laid_out_as_mine_is_not_copied():
+    data, manifest = snapshot(Model(1))
+    data = bytearray(data)
+    weights = decode_bytes(data, manifest, tensors_of(Model(2)))
+    weights["embedding.weight"].zero_()
+    assert data != snapshot(Model(1))[0], "the tensors lie in the bytes that were read"
 
 
 def test_tied_tensors_travel_once():
@@ -134,7 +153,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(poison):
     with torch.no_grad():
         model.norm.weight[0] = poison
     with pytest.raises(BadSnapshot, match="'norm.weight' has values that are not finite"):
-        Buffer.of(tensors_of(model)).check_finite()
+        describe(Buffer.of(tensors_of(model)), 1, fingerprint=fingerprint(model), **FACTS)
     data = save(tensors_of(model))
     manifest = describe(data, 1, fingerprint=fingerprint(model), **FACTS)
     with pytest.raises(BadSnapshot, match="not finite"):

@@ -89,6 +89,19 @@ class Row:
         return {int(name): update for name, update in sorted(known.items(), key=lambda item: int(item[0]))}
 
 
+def in_words(row: Row) -> str:
+    """A row for a log: `peer 1 training, update 104, 2.31 updates/s, sign of life 3 s ago`."""
+    told = [f"peer {row.peer} {row.state}"]
+    if row.update is not None:
+        told.append(f"update {row.update}")
+    if row.state in LIVE_STATES and row.presence.speed is not None:
+        told.append(f"{row.presence.speed:.3g} updates/s")
+    # By our own clock only: what another machine's says may be a day off.
+    if row.state in (*LIVE_STATES, "silent") and row.sign_age.ours:
+        told.append(f"sign of life {row.sign_age.seconds:.0f} s ago")
+    return ", ".join(told)
+
+
 class Observer:
     """Looks at an exchange, again and again; remembers by its own monotonic clock when each peer's files changed."""
 
@@ -108,9 +121,10 @@ class Observer:
             self.note = plain(str(error))
         peers = self.run["peers"]
         with ThreadPoolExecutor(min(_READERS, peers)) as pool:
-            return list(pool.map(self._row, range(peers)))
+            return list(pool.map(self.row, range(peers)))
 
-    def _row(self, peer: int) -> Row:
+    def row(self, peer: int) -> Row:
+        """One peer."""
         problems: dict[str, str] = {}
         presence = self._read(f"peer{peer}/alive.json", Presence.from_json, problems)
         newest = self._read(f"peer{peer}/latest.json", Manifest.from_json, problems)

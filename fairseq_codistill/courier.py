@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 
 import torch
 
-from .exchange import BEAT, Exchange
+from .exchange import BEAT, Exchange, host_name
 from .manifest import BadSnapshot, Manifest, Presence
 from .observer import Observer, in_words
 from .snapshot import Buffer, Weights
@@ -229,10 +228,10 @@ class Courier:
         (update, held), now = self._progress, time.monotonic()
         self._beat += 1
         self._course.append((now, update))
-        (began, first), host = self._course[0], socket.gethostname()[:200]
+        began, first = self._course[0]
         speed = (update - first) / (now - began) if update > first else None
         presence = Presence(
-            self._life, self._beat, self._state, host, os.getpid(), self.clock(), update, self._updates, speed, held
+            self._life, self._beat, self._state, host_name(), os.getpid(), self.clock(), update, self._updates, speed, held
         )
         try:
             self.exchange.beat(presence)

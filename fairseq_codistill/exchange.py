@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from dataclasses import asdict, dataclass
 from dataclasses import replace as replace_fields
@@ -50,13 +51,16 @@ class Exchange:
         try:
             self.store.write("run.json", json.dumps(asdict(run), indent=1).encode(), replace=False)
             self._agree(run)
-            if not self.store.claim(self._folder(self.peer)):
-                self._watch_for_another()
+            self._watch_for_another(self.store.claim(self._folder(self.peer)))
             self._kept = self._left_behind()
         except OSError as error:
-            raise ValueError(
-                f"codistill_dir must be a directory that this peer can write to, but {self.store} is not: {error.strerror}."
-            ) from None
+            raise self._not_writable(error) from None
+
+    def _not_writable(self, error: OSError) -> ValueError:
+        return ValueError(
+            f"codistill_dir must be a directory that this peer can write to, but {self.store} is not: "
+            f"{error.strerror or error}."
+        )
 
     def begin(self, update: int, fingerprint: str) -> None:
         """My training starts at `update`. Raises ValueError when my folder holds what cannot be this training's past."""
@@ -76,7 +80,10 @@ class Exchange:
         if update == 0:
             self.forget()
         elif past.done:  # the training goes on after all: a peer in lockstep must wait for me again
-            self.store.write(f"{self._folder(self.peer)}/latest.json", replace_fields(past, done=False).to_json())
+            try:
+                self.store.write(f"{self._folder(self.peer)}/latest.json", replace_fields(past, done=False).to_json())
+            except OSError as error:
+                raise self._not_writable(error) from None
 
     def forget(self) -> None:
         """Remove all snapshots of mine."""
@@ -137,10 +144,13 @@ class Exchange:
         data = self.store.read(f"{self._folder(peer)}/alive.json", MANIFEST_LIMIT)
         return None if data is None else Presence.from_json(data)
 
-    def _watch_for_another(self) -> None:
-        """Without locks, a peer that claims to live must fall silent before I take its index. No clock is compared."""
+    def _watch_for_another(self, locked: bool) -> None:
+        """Without locks, a peer that claims to live must fall silent before I take its index. No clock is compared.
+
+        A lock proves nothing about another host: some mounts keep their locks to themselves.
+        """
         first = self._presence_or_none()
-        if first is None or first.state in ("ended", "stopped"):
+        if first is None or first.state in ("ended", "stopped") or (locked and first.host == host_name()):
             return
         for _ in range(int(_SILENT * BEAT)):
             self._sleep(1.0)
@@ -158,14 +168,17 @@ class Exchange:
         return None if data is None else Manifest.from_json(data)
 
     def _agree(self, mine: Run) -> None:
-        theirs = None
+        theirs, reason = None, ""
         for _ in range(_RUN_LOOKS):  # it may just be being written
-            theirs = theirs or self._run()
+            try:
+                theirs = theirs or self._run()
+            except (BadSnapshot, ValueError, RecursionError, KeyError, TypeError) as error:
+                reason = f" ({error})" if isinstance(error, BadSnapshot) else ""
             if theirs is None:
                 self._sleep(0.1)
         if theirs is None:
             raise ValueError(
-                f"codistill_dir must be empty or hold a run of format {FORMAT}, but {self.store}/run.json is neither; "
+                f"codistill_dir must be empty or hold a run of format {FORMAT}, but {self.store}/run.json is neither{reason}; "
                 "did you mean another directory?"
             )
         for name, label in _AGREE.items():
@@ -176,12 +189,9 @@ class Exchange:
                     "--codistill-dir of its own, or to preprocess all peers' data with one dictionary?"
                 )
 
-    def _run(self) -> Optional[Dict]:
-        try:
-            run = json.loads(self.store.read("run.json", MANIFEST_LIMIT) or b"")
-            return {name: run[name] for name in asdict(Run(0, None, None))}
-        except (BadSnapshot, ValueError, RecursionError, KeyError, TypeError):
-            return None
+    def _run(self) -> Dict:
+        run = json.loads(self.store.read("run.json", MANIFEST_LIMIT) or b"")
+        return {name: run[name] for name in asdict(Run(0, None, None))}
 
     def _left_behind(self) -> List[int]:
         """The updates of the snapshots that I published in an earlier life; what a killed publish left is removed."""
@@ -207,6 +217,10 @@ class Exchange:
     @staticmethod
     def _folder(peer: int) -> str:
         return f"peer{peer}"
+
+
+def host_name() -> str:
+    return socket.gethostname()[:200]
 
 
 _AGREE = {

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -253,6 +254,22 @@ def test_without_locks_an_index_is_taken_only_from_a_peer_that_has_fallen_silent
     Exchange(store, 0, sleep=pytest.fail).join(Run(2, None, None))
 
 
+def test_a_lock_proves_nothing_about_another_host(monkeypatch):
+    store = MemoryStore()
+    alive = courier(store, 0)
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    alive._give_sign()
+    monkeypatch.undo()
+
+    def beat(seconds):
+        with monkeypatch.context() as there:
+            there.setattr(socket, "gethostname", lambda: "elsewhere")
+            alive._give_sign()
+
+    with pytest.raises(ValueError, match=r"peer0 is already alive \(process \d+ on elsewhere\)"):
+        Exchange(store, 0, sleep=beat).join(Run(2, None, None))
+
+
 def test_sigterm_finishes_what_is_being_published_and_then_ends_the_process(tmp_path):
     """As a scheduler stops a job: the process dies of SIGTERM, and its last snapshot is whole."""
     code = f"""
@@ -319,9 +336,10 @@ def test_the_log_tells_who_is_present(caplog):
 
 
 def test_a_store_that_hangs_keeps_no_second_teller_waiting():
-    gate = Gate(reading="alive")
+    gate = Gate()
     one = courier(gate, 0, [1])
     one.exchange.join(Run(2, None, 8))
+    gate.reading = "alive"
     one.at(0, {})
     assert gate.reached.wait(SECONDS)
     first = one._telling

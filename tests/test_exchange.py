@@ -445,3 +445,26 @@ def _python(folder, code):
         [sys.executable, "-c", code], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(tests.parent)},
     )  # fmt: skip
+
+
+def test_an_outage_at_the_start_is_told_as_it_is(store):
+    def away(name, limit):
+        raise BadSnapshot(f"{name} cannot be read (Connection refused)")
+
+    Exchange(store, 0).join(RUN)
+    store.read = away
+    with pytest.raises(ValueError, match=r"run.json is neither \(run.json cannot be read \(Connection refused\)\)"):
+        Exchange(store, 1, sleep=lambda seconds: None).join(RUN)
+
+
+def test_a_run_that_goes_on_where_it_cannot_write_says_so(store):
+    exchange = Exchange(store, 0)
+    exchange.join(RUN)
+    publish(exchange, 4, done=True)
+
+    def full(name, data, replace=True):
+        raise OSError(28, "No space left on device")
+
+    store.write = full
+    with pytest.raises(ValueError, match="codistill_dir must be a directory .* No space left on device"):
+        exchange.begin(4, exchange.newest(0).fingerprint)

@@ -1,4 +1,4 @@
-"""The Multi30k recipe on thirty made-up pairs: the data, the commands, and a whole sweep with the real programs."""
+"""The translation recipes: what each of them asks fairseq for, and whole runs on made-up pairs with the real programs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ import threading
 from pathlib import Path
 
 import pytest
+from fairseq_runs import checkpoint
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "multi30k_en_de"
+RECIPES = ROOT / "recipes"
+RECIPE = RECIPES / "multi30k_en_de"
 METHODS = ("codistill", "all_reduce", "all_reduce_no_smoothing", "single", "rdrop", "rdrop_all_reduce")
 PIECES = 36
 
-sys.path[:0] = [str(ROOT / "data_prep"), str(RECIPE)]
+sys.path[:0] = [str(ROOT / "data_prep"), str(RECIPES / "translation")]
 import download  # noqa: E402
+import generated  # noqa: E402
 import multi30k  # noqa: E402
 import parallel_text  # noqa: E402
+import prepare as prepare_corpus  # noqa: E402
 import sweep  # noqa: E402
 
 
@@ -243,48 +247,142 @@ def test_download_that_fails_names_every_mirror(mirror, tmp_path):
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def script(name: str, *arguments: str, **variables: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **{key: str(value) for key, value in variables.items()}}
-    return subprocess.run(["bash", str(RECIPE / name), *arguments], env=environment, capture_output=True, text=True)
+def script(name: str, *arguments: str, recipe: str = "multi30k_en_de", **variables: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHON": sys.executable, **{key: str(value) for key, value in variables.items()}}
+    command = ["bash", str(RECIPES / recipe / name), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def dry_run(**variables: object) -> list[str]:
+def dry_run(recipe: str = "multi30k_en_de", **variables: object) -> list[str]:
     """The words of the command that train.sh would start."""
-    result = script("train.sh", **{"DATA": "data", "OUT": "runs", "CPU": 1, **variables, "DRY_RUN": 1})
+    result = script("train.sh", recipe=recipe, **{"DATA": "data", "OUT": "runs", "CPU": 1, **variables, "DRY_RUN": 1})
     assert result.returncode == 0, result.stderr
     return shlex.split(result.stdout)
 
 
+# What each recipe is: languages, architecture, and the settings that its README gives as the papers'.
+PAPERS = dict(dropout=0.3, warmup_updates=4000, warmup_init_lr=1e-7, max_update=17500, weight_decay=0.0)
+BIG = dict(encoder_layers=6, encoder_embed_dim=1024, decoder_ffn_embed_dim=4096, decoder_attention_heads=16)
+BIG.update(PAPERS, keep_interval_updates=10)
+RECIPE_FLAGS = {
+    "multi30k_en_de": dict(
+        source_lang="en", target_lang="de", arch="transformer", encoder_layers=2, encoder_embed_dim=128,
+        decoder_ffn_embed_dim=256, dropout=0.1, lr=[0.003],
+        max_tokens=1000, max_update=2000, validate_interval_updates=100, fp16=False,
+    ),
+    "demo": dict(
+        source_lang="en", target_lang="de", arch="transformer", encoder_layers=2, decoder_embed_dim=128, dropout=0.0,
+        lr=[0.003], max_tokens=1000, max_update=1000, fp16=False,
+    ),
+    "iwslt14_de_en": dict(
+        source_lang="de", target_lang="en", arch="transformer_wmt_en_de_big", lr=[5e-4], max_tokens=4096, fp16=True, **BIG
+    ),
+    "wmt16_en_de": dict(
+        source_lang="en", target_lang="de", arch="transformer_wmt_en_de_big", lr=[0.001], max_tokens=3584, fp16=True, **BIG
+    ),
+    "tatoeba_de_en": dict(source_lang="de", target_lang="en", arch="transformer", keep_interval_updates=5, fp16=False),
+    "newstest_de_en": dict(source_lang="de", target_lang="en", arch="transformer", keep_interval_updates=5, fp16=False),
+}  # fmt: skip
+# distance, α, its schedule, interval, lockstep; a worker's share and all workers.
+CODISTILLATION = {
+    "multi30k_en_de": ("mse", 0.1, "exponential", 50, True, 1, 2),
+    "demo": ("ce", 1.0, "constant", 50, True, 1, 2),
+    "iwslt14_de_en": ("mse", 0.1, "exponential", 500, False, 1, 2),
+    "wmt16_en_de": ("mse", 0.1, "exponential", 2500, False, 64, 128),
+    "tatoeba_de_en": ("ce", 1.0, "constant", 100, True, 1, 2),
+    "newstest_de_en": ("ce", 1.0, "constant", 50, True, 1, 2),
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_fairseq_understands_every_option(method, monkeypatch):
+@pytest.mark.parametrize("recipe", RECIPE_FLAGS)
+def test_fairseq_understands_every_option(recipe, method, monkeypatch):
     from fairseq import options
 
-    launcher, train = " ".join(dry_run(METHOD=method, SEED=3, ALPHA=0.5, DISTANCE="ce")).split(" -- ")
-    words = dry_run(METHOD=method, SEED=3, ALPHA=0.5, DISTANCE="ce")
-    words = words[words.index("fairseq-train") + 1 :]
+    words = dry_run(recipe, METHOD=method, SEED=3, CPU=0, GPUS=2 if method == "codistill" or "all_reduce" in method else 1)
+    launcher, words = words[: words.index("fairseq-train")], words[words.index("fairseq-train") + 1 :]
     monkeypatch.setattr(sys, "argv", ["fairseq-train", *words])
     if "rdrop" in method:
         pytest.importorskip("fairseq.criterions.label_smoothed_cross_entropy_with_rdrop")  # not in stock 0.12.2
     args = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
-    assert (args.encoder_layers, args.encoder_embed_dim, args.decoder_ffn_embed_dim) == (2, 128, 256)
-    assert (args.lr, args.max_tokens, args.max_update, args.seed) == ([0.003], 1000, 2000, 3)
-    assert (args.required_batch_size_multiple, args.validate_interval_updates, args.cpu) == (1, 100, True)
+
+    assert {name: getattr(args, name) for name in RECIPE_FLAGS[recipe]} == RECIPE_FLAGS[recipe]
+    assert (args.task, args.share_all_embeddings, args.optimizer, args.lr_scheduler) == (
+        "translation", True, "adam", "inverse_sqrt",
+    )  # fmt: skip
+    assert eval(args.adam_betas) == (0.9, 0.98)
+    assert (args.seed, args.required_batch_size_multiple, args.cpu, args.log_format) == (3, 1, False, "json")
+    assert args.save_interval_updates == args.validate_interval_updates
     is_smoothed = method in ("all_reduce", "rdrop", "rdrop_all_reduce")
     assert getattr(args, "label_smoothing", 0) == (0.1 if is_smoothed else 0)
     assert args.best_checkpoint_metric == ("nll_loss" if is_smoothed else "loss")
-    assert args.update_freq == [2 if "all_reduce" in method else 1]
-    assert launcher == f"codistill-launch --peers {2 if method == 'codistill' else 1} --gpus-per-peer 0"
+    distance, alpha, schedule, interval, lockstep, share, workers = CODISTILLATION[recipe]
+    # The same updates and workers for both methods: two GPUs are two peers, or one group of both.
+    gpus = int(launcher[launcher.index("--gpus-per-peer") + 1])
+    assert args.update_freq == [(workers if "all_reduce" in method else share) // gpus]
+    assert launcher[:3] == ["codistill-launch", "--peers", "2" if method == "codistill" else "1"]
     if method == "codistill":
-        assert (args.codistill_interval, args.codistill_loss, args.codistill_alpha) == (50, "ce", 0.5)
-        assert args.save_dir == "runs/codistill_ce/seed3"
+        assert args.criterion == "codistill_ce" and args.save_dir == f"runs/codistill_{distance}/seed3"
+        told = (args.codistill_loss, args.codistill_alpha, args.codistill_alpha_schedule, args.codistill_interval)
+        assert told == (distance, alpha, schedule, interval)
+        assert (args.codistill_sync, args.codistill_gamma) == (lockstep, 1.1)
     else:
-        assert args.save_dir == f"runs/{method}/seed3"
+        assert args.save_dir == f"runs/{method}/seed3" and "codistill" not in args.criterion
+
+
+def test_every_recipe_is_tested_and_has_what_a_recipe_has():
+    handing_over = [path.parent for path in RECIPES.glob("*/train.sh") if "../translation/train.sh" in path.read_text()]
+    recipes = {path.name for path in handing_over}
+    assert recipes == set(RECIPE_FLAGS) == set(CODISTILLATION)
+    for recipe in recipes:
+        assert {"README.md", "train.sh", "evaluate.sh"} <= {path.name for path in (RECIPES / recipe).iterdir()}
+
+
+def test_the_readme_lists_every_variable():
+    readme = (RECIPES / "translation/README.md").read_text()
+    listed = set(re.findall(r"`([A-Z][A-Z_]+)`", readme))
+    assert sweep.known_variables() <= listed
+    for name in ("evaluate.py", "prepared.py"):
+        read = set(re.findall(r'"([A-Z][A-Z_]+)"', (RECIPES / "translation" / name).read_text()))
+        assert read <= listed | {"NLL", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}, name
+    for settings in RECIPES.glob("*/settings.sh"):
+        if settings.parent.name in RECIPE_FLAGS:
+            assert set(re.findall(r"\{([A-Z_]+):?=", settings.read_text())) <= listed, settings
+
+
+COMMITTED = [path for recipe in RECIPE_FLAGS for path in sorted(RECIPES.glob(f"{recipe}/results/**/seed1/command.txt"))]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.relative_to(RECIPES).parts[0]}-{path.parents[1].name}")
+def test_committed_results_come_from_the_same_commands(path):
+    """What was run for the committed tables, less the option that came later and asks for what was then the only way."""
+    recipe, name = path.relative_to(RECIPES).parts[0], path.parents[1].name
+    runs = {}
+    for file in ("runs.txt", "tuning.txt"):
+        if (RECIPES / recipe / file).is_file():
+            runs.update({run.name: run.variables for run in sweep.read_runs(RECIPES / recipe / file, [1], [])})
+    method = "codistill" if name.startswith("codistill") else name
+    variables = dict(word.split("=", 1) for word in runs.get(name, [f"METHOD={method}"]))
+    now = dry_run(recipe, NAME=name, SEED=1, DATA="DATA", OUT="OUT", **variables)
+    if "--codistill-wire-dtype" in now:
+        at = now.index("--codistill-wire-dtype")
+        assert now[at : at + 2] == ["--codistill-wire-dtype", "fp32"]
+        del now[at : at + 2]
+    now = [word.replace(str(ROOT), ".") for word in now]
+    assert same_numbers(now) == same_numbers(shlex.split(path.read_text()))
+
+
+def same_numbers(words: list[str]) -> list[object]:
+    """1 and 1.0 are one value; folders are where somebody put them."""
+    read = [float(word) if re.fullmatch(r"-?\d+(\.\d+)?", word) else word for word in words]
+    places = [read.index("--save-dir") + 1, read.index("fairseq-train") + 1]
+    return [word for i, word in enumerate(read) if i not in places and word not in ("--gpus-per-peer", 0.0, "--cpu")]
 
 
 def test_gpus_do_not_change_the_batch():
-    def launcher(**variables: object) -> str:
-        words = dry_run(CPU=0, **variables)
-        return " ".join(words[1 : words.index("--")]) + " " + " ".join(re.findall(r"--update-freq \d", " ".join(words)))
+    def launcher(recipe: str = "multi30k_en_de", **variables: object) -> str:
+        words = dry_run(recipe, CPU=0, **variables)
+        return " ".join(words[1 : words.index("--")]) + " " + " ".join(re.findall(r"--update-freq \d+", " ".join(words)))
 
     assert launcher(METHOD="single", CUDA_VISIBLE_DEVICES="0,1,2,3") == "--peers 1 --gpus-per-peer 1 --update-freq 1"
     assert launcher(METHOD="codistill", CUDA_VISIBLE_DEVICES="0,1") == "--peers 2 --gpus-per-peer 1 --update-freq 1"
@@ -293,23 +391,46 @@ def test_gpus_do_not_change_the_batch():
     assert launcher(METHOD="all_reduce", CUDA_VISIBLE_DEVICES="0,1") == "--peers 1 --gpus-per-peer 1 --update-freq 2"
     two = dict(GPUS_PER_PEER=2, CUDA_VISIBLE_DEVICES="0,1")
     assert launcher(METHOD="all_reduce", **two) == "--peers 1 --gpus-per-peer 2 --update-freq 1"
-    assert "needs 4 GPUs" in script("train.sh", DATA="d", OUT="o", METHOD="codistill", **two).stderr
+    # A recipe whose batch is of many workers takes all GPUs that it finds.
+    for gpus in (1, 2, 4, 8, 16, 128):
+        per_peer = max(gpus // 2, 1)
+        option = "" if gpus == 1 else f" --gpus-per-peer {per_peer}"
+        assert launcher("wmt16_en_de", GPUS=gpus) == f"--peers 2{option} --update-freq {64 // per_peer}"
+        told = launcher("wmt16_en_de", GPUS=gpus, METHOD="all_reduce")
+        assert told == f"--peers 1 --gpus-per-peer {gpus} --update-freq {128 // gpus}"
+
+
+def test_before_training_the_cost_is_told():
+    common = dict(recipe="wmt16_en_de", DATA="data", OUT="runs", DRY_RUN=1, GPUS=8)
+    told = script("train.sh", **common).stderr
+    assert "2 peers x 4 GPUs x update-freq 16: at most 458,752" in told and "GPU-hours (estimate for V100s" in told
+    assert "checkpoints of 2.5 GB" in told and "2.12" in told
+    assert "100,000 a second" in script("train.sh", **common, GPU_TOKENS_PER_SECOND=100000).stderr
 
 
 @pytest.mark.parametrize(
-    "variables, words",
+    "recipe, variables, words",
     [
-        (dict(METHOD="bagging"), ["METHOD", "rdrop_all_reduce", "bagging"]),
-        (dict(DATA=""), ["DATA", "multi30k.py"]),
-        (dict(DATA="nowhere"), ["DATA", "nowhere"]),
-        (dict(PEERS="two"), ["PEERS", "two"]),
-        (dict(SEED="-1"), ["SEED", "-1"]),
-        (dict(GPUS_PER_PEER=3), ["GPUS_PER_PEER", "divides PEERS=2"]),
+        ("multi30k_en_de", dict(METHOD="bagging"), ["METHOD", "rdrop_all_reduce", "bagging"]),
+        ("multi30k_en_de", dict(DATA=""), ["DATA", "multi30k.py"]),
+        ("iwslt14_de_en", dict(DATA=""), ["DATA", "prepare.py iwslt14_de_en"]),
+        ("multi30k_en_de", dict(DATA="nowhere"), ["DATA", "nowhere"]),
+        ("multi30k_en_de", dict(OUT=""), ["OUT", "not set"]),
+        ("multi30k_en_de", dict(PEERS="two"), ["PEERS", "two"]),
+        ("multi30k_en_de", dict(SEED="-1"), ["SEED", "-1"]),
+        ("wmt16_en_de", dict(UPDATES="many"), ["UPDATES", "many"]),
+        ("wmt16_en_de", dict(PEERS=3), ["WORKERS", "multiple of PEERS=3", "128"]),
+        ("wmt16_en_de", dict(PRECISION="fp8"), ["PRECISION", "fp16 or fp32", "fp8"]),
+        ("wmt16_en_de", dict(CPU=0, GPUS=0), ["PRECISION=fp16 needs a GPU", "CPU=1"]),
+        ("wmt16_en_de", dict(CPU=0, GPUS=6), ["GPUS_PER_PEER must divide", "1, 2, 4, 8, 16, 32, 64", "is 3", "6 GPUs"]),
+        ("wmt16_en_de", dict(CPU=0, GPUS=2, GPUS_PER_PEER=4), ["needs 8 GPUs, but there are 2"]),
+        ("multi30k_en_de", dict(CPU=0, GPUS=8, GPUS_PER_PEER=3), ["GPUS_PER_PEER must divide", "one of 1, but is 3"]),
+        ("translation", dict(), ["SOURCE and TARGET", "train.sh of a recipe"]),
     ],
 )
-def test_train_refuses(variables, words, tmp_path):
-    result = script("train.sh", **{"DATA": "data", "OUT": tmp_path, "CPU": 1, **variables})
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
+def test_train_refuses(recipe, variables, words, tmp_path):
+    result = script("train.sh", recipe=recipe, **{"DATA": "data", "OUT": tmp_path, "CPU": 1, **variables})
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert all(word in result.stderr for word in words), result.stderr
 
 
@@ -321,25 +442,35 @@ def test_a_run_is_not_continued_with_another_command(prepared, tmp_path):
     assert not (tmp_path / "single/seed1/finished").exists()
 
 
-@pytest.mark.parametrize("has_data, arguments, word", [(1, "", "runs/"), (0, "", "DATA"), (1, "x", "no peer")])
-def test_evaluate_refuses(has_data, arguments, word, prepared):
-    result = script("evaluate.sh", *arguments.split(), DATA=prepared if has_data else "")
-    assert result.returncode == 2 and word in result.stderr and result.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    "variables, arguments, word",
+    [
+        ({}, "", "runs/"),
+        ({"DATA": ""}, "", "DATA"),
+        ({}, "x", "no peer"),
+        ({"AVERAGE": "ten"}, "x", "AVERAGE must be a whole number of at least 0, but is ten"),
+        ({"BEAM": "0"}, "x", "BEAM must be a whole number of at least 1, but is 0"),
+        ({"SUBWORDS": "words"}, "x", "SUBWORDS"),
+    ],
+)
+def test_evaluate_refuses(variables, arguments, word, prepared):
+    result = script("evaluate.sh", *arguments.split(), **{"DATA": prepared, **variables})
+    assert result.returncode == 2 and word in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
 # --- sweep.py ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["runs.txt", "tuning.txt"])
-def test_every_listed_run_has_a_command(name):
-    runs = sweep.read_runs(RECIPE / name, [1, 2], [])
-    commands = {" ".join(dry_run(NAME="x", **dict(word.split("=", 1) for word in run.variables))) for run in runs}
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*_*_*/runs.txt")) + [RECIPE / "tuning.txt"], ids=lambda p: p.parent.name)
+def test_every_listed_run_has_a_command(path):
+    runs, recipe = sweep.read_runs(path, [1, 2], []), path.parent.name
+    commands = {" ".join(dry_run(recipe, NAME="x", **dict(word.split("=", 1) for word in run.variables))) for run in runs}
     assert len(commands) == len(runs) // 2, "two lines of one file are the same run"
 
 
 def test_sweep_refuses(prepared, tmp_path, refused):
     runs = tmp_path / "runs.txt"
-    common = ["--data", str(prepared), "--out", str(tmp_path), "--runs", str(runs)]
+    common = ["--recipe", str(RECIPE), "--data", str(prepared), "--out", str(tmp_path), "--runs", str(runs)]
     runs.write_text("# none\nfine METHOD=single EXTRA='--clip-norm 1'\nmse ALPAH=1\n")
     refused(sweep.main(common), "runs.txt:3", "ALPAH=1")
     runs.write_text("same METHOD=single\nsame METHOD=rdrop\n")
@@ -347,7 +478,8 @@ def test_sweep_refuses(prepared, tmp_path, refused):
     runs.write_text("single METHOD=single\n")
     refused(sweep.main([*common, "--only", "double"]), "--only", "double")
     refused(sweep.main([*common, "--jobs", "0"]), "--jobs")
-    refused(sweep.main(["--data", str(tmp_path), "--out", str(tmp_path)]), "--data")
+    refused(sweep.main(["--recipe", str(RECIPE), "--data", str(tmp_path), "--out", str(tmp_path)]), "--data")
+    refused(sweep.main(["--recipe", str(tmp_path), "--data", str(prepared), "--out", str(tmp_path)]), "--recipe", "train.sh")
 
 
 def test_sweep_stops_what_it_started(prepared, tmp_path):
@@ -370,6 +502,9 @@ def test_sweep_stops_what_it_started(prepared, tmp_path):
 
 TINY = dict(LAYERS=1, WIDTH=16, FFN=16, HEADS=2, UPDATES=6, INTERVAL=2, VALIDATE=2, WARMUP=2, TOKENS=100)
 TINY.update(CPU=1, THREADS=1, TEST_SETS="test_2016_flickr:test", NLL_SETS="val:valid", PYTHONPATH=str(ROOT))
+PROGRAMS = dict(CODISTILL_LAUNCH="fairseq_codistill.launch", FAIRSEQ_TRAIN="fairseq_cli.train")
+PROGRAMS.update(FAIRSEQ_GENERATE="fairseq_cli.generate", SACREBLEU="sacrebleu")
+TINY.update({name: f"{sys.executable} -m {module}" for name, module in PROGRAMS.items()}, PYTHON=sys.executable)
 
 
 @pytest.fixture(scope="module")
@@ -377,19 +512,11 @@ def swept(prepared, tmp_path_factory):
     """A sweep of two methods with the real programs, called as modules of this interpreter; its folder."""
     out = tmp_path_factory.mktemp("sweep")
     (out / "runs.txt").write_text("single METHOD=single\ncodistill_ce METHOD=codistill DISTANCE=ce\n")
-    programs = dict(
-        CODISTILL_LAUNCH="fairseq_codistill.launch",
-        FAIRSEQ_TRAIN="fairseq_cli.train",
-        FAIRSEQ_GENERATE="fairseq_cli.generate",
-        SACREBLEU="sacrebleu",
-    )
-    variables = {name: f"{sys.executable} -m {module}" for name, module in programs.items()}
-    variables.update({name: str(value) for name, value in TINY.items()})
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        command = ["--data", str(prepared), "--out", str(out / "runs"), "--runs", str(out / "runs.txt"), "--seeds", "5"]
-        command += ["--jobs", "2", "--results", str(out / "results")]
+        for name, value in TINY.items():
+            patch.setenv(name, str(value))
+        command = ["--recipe", str(RECIPE), "--data", str(prepared), "--out", str(out / "runs"), "--seeds", "5"]
+        command += ["--runs", str(out / "runs.txt"), "--jobs", "2", "--results", str(out / "results")]
         status = sweep.main(command)
         logs = "\n".join(path.read_text()[-3000:] for path in out.glob("runs/*/*/sweep.log"))
         assert status == 0, logs
@@ -438,3 +565,99 @@ def test_report_reads_the_results(swept, tmp_path):
     result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "codistill_ce" in result.stdout and "single" in result.stdout
+
+
+# --- subwords of BPE, Moses' tokens, averaged checkpoints --------------------------------------------------------------
+
+
+def write_ted(folder: Path) -> Path:
+    """IWSLT'14 as it is published, unpacked: training text with metadata lines, test sets as XML."""
+    draw = random.Random(3)
+    words = {"de": "ein Mann Hund rot läuft sieht das Haus".split(), "en": "a man's dog red-hot runs sees the house".split()}
+    folder.mkdir()
+    for language in ("de", "en"):
+        draw.seed(3)
+        lines = [" ".join(draw.choices(words[language], k=draw.randint(4, 8))).capitalize() + "!" for _ in range(140)]
+        head = ["<url>http://x</url>", "<keywords>k</keywords>", "<title>t</title>"]
+        parallel_text.write_lines(folder / f"train.tags.de-en.{language}", head + lines[:100])
+        for number, name in enumerate(("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")):
+            of_set = lines[100 + 2 * number : 102 + 2 * number]
+            segments = [f'<seg id="{i}"> {line} </seg>' for i, line in enumerate(of_set, 1)]
+            text = ['<mteval><srcset><doc docid="1">', *segments, "</doc></srcset></mteval>"]
+            parallel_text.write_lines(folder / f"IWSLT14.{name}.de-en.{language}.xml", text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """iwslt14_de_en from published texts to scores.md: its data and its run."""
+    folder = tmp_path_factory.mktemp("iwslt")
+    options = ["--source", str(write_ted(folder / "texts")), "--out", str(folder / "data"), "--vocab", "30", "--jobs", "1"]
+    assert prepare_corpus.main(["iwslt14_de_en", *options]) == 0
+    tiny = {**TINY, "KEEP": 3, "AVERAGE": 2, "NLL_SETS": "", "TOKENS": 400, "SYNC": 1, "SEED": 1}
+    del tiny["TEST_SETS"]
+    tiny["FAIRSEQ_GENERATE"] += " --max-len-b 20"
+    for name, arguments in (("train.sh", []), ("evaluate.sh", [str(folder / "runs/codistill_mse/seed1")])):
+        result = script(name, *arguments, recipe="iwslt14_de_en", DATA=folder / "data", OUT=folder / "runs", **tiny)
+        assert result.returncode == 0, result.stderr
+    return folder / "data", folder / "runs/codistill_mse/seed1", result.stdout
+
+
+def test_from_published_texts_to_scores(scored):
+    data, run, told = scored
+    table = (run / "scores.md").read_text()
+    assert table in told
+    rows = {line.split(" | ")[0]: line.count("|") for line in table.splitlines() if line.startswith("| test")}
+    # sacreBLEU and the field's tokenised one, each for two peers, their mean and their ensemble.
+    assert rows == {"| test_average2 BLEU": 6, "| test_tokenised_average2 BLEU": 6}
+    scores = {path.name: json.loads(path.read_text()) for path in run.glob("ensemble.*.sacrebleu.json")}
+    assert "case:lc" in scores["ensemble.test_average2.sacrebleu.json"]["signature"]
+    assert "tok:13a" in scores["ensemble.test_average2.sacrebleu.json"]["signature"]
+    assert "tok:none" in scores["ensemble.test_tokenised_average2.sacrebleu.json"]["signature"]
+
+
+def test_what_is_scored_is_text(scored):
+    data, run, _ = scored
+    at = run / "peer0/test_average2"
+    tokens = generated.sentences(at.with_suffix(".generate.log"), "H")
+    assert parallel_text.read_lines(at.with_suffix(".hyp")) == generated.detokenise(tokens, "en")
+    assert parallel_text.read_lines(run / "peer0/test_tokenised_average2.hyp") == tokens
+    assert len(tokens) == 10 and not any("@@" in line for line in tokens)
+    # The references: as published, and as Moses' tokens in lower case.
+    raw = parallel_text.read_lines(data / "raw/test.en")
+    reference = parallel_text.read_lines(run / "peer0/test_tokenised_average2.ref")
+    assert [line.lower() for line in raw] == generated.detokenise(reference, "en")
+    assert any("&apos;" in line for line in reference) and any(line != line.lower() for line in raw)
+
+
+def test_the_scored_model_is_the_average_of_the_last_two(scored):
+    import torch
+
+    _, run, _ = scored
+    for peer in ("peer0", "peer1"):
+        states = [checkpoint(path)["model"] for path in sorted((run / peer).glob("checkpoint_*_*.pt"))]
+        assert len(states) == 3
+        mean = checkpoint(run / peer / "checkpoint_average2.pt")["model"]
+        for name, tensor in mean.items():
+            if tensor.is_floating_point() and "_float_tensor" not in name:
+                torch.testing.assert_close(tensor, (states[-2][name] + states[-1][name]) / 2)
+        assert any(not torch.equal(mean[name], states[-1][name]) for name in mean)
+        assert "checkpoint_average2.pt" in (run / peer / "test_average2.generate.log").read_text()
+
+
+def test_evaluate_shows_its_commands(scored):
+    data, run, _ = scored
+    result = script("evaluate.sh", str(run), recipe="iwslt14_de_en", DATA=data, DRY_RUN=1, AVERAGE=0, FAIRSEQ_GENERATE="")
+    assert result.returncode == 0, result.stderr
+    commands = [shlex.split(line) for line in result.stdout.splitlines()]
+    # For each peer and the ensemble: a translation, two scores; and two reference scorings.
+    assert [words[0] for words in commands] == (["fairseq-generate"] + ["sacrebleu"] * 2 + ["fairseq-generate"] * 2) * 3
+    words = " ".join(commands[10])
+    assert f"--path {run}/peer0/checkpoint_best.pt:{run}/peer1/checkpoint_best.pt" in words
+    assert "--remove-bpe subword_nmt" in words
+
+
+def test_too_few_checkpoints_are_refused(scored):
+    data, run, _ = scored
+    result = script("evaluate.sh", str(run), recipe="iwslt14_de_en", DATA=data)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "AVERAGE must be at most 3" in result.stderr

@@ -6,7 +6,6 @@ set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
-translation="$root/recipes/multi30k_en_de" # its train.sh and evaluate.sh serve any pair of languages
 baselines=(all_reduce all_reduce_no_smoothing single)
 
 read_settings() {
@@ -16,14 +15,8 @@ read_settings() {
     pairs="${TRAIN_PAIRS:-6000}" test_pairs="${TEST_PAIRS:-500}"
     # Few sentences do not hold 2,000 different pieces.
     pieces="${PIECES:-$((pairs < 3000 ? 500 : 2000))}"
-    export DATA="$demo/data" OUT="$demo/runs" SEED=1 UPDATES="${UPDATES:-1000}" VALIDATE="${VALIDATE:-100}"
-    # Without dropout the scarce data is over-fitted within minutes, so that one sees what each objective does about it.
-    export DROPOUT="${DROPOUT:-0}"
-    # Soft targets with a constant α work from the first update, and a demo is short. In lockstep (SYNC) runs are
-    # reproducible.
-    export DISTANCE="${DISTANCE:-ce}" INTERVAL="${INTERVAL:-50}" SYNC=1
-    # Valid NLL is in the logs. A model that has hardly learned anything babbles up to fairseq's limit of 200 pieces.
-    export TEST_SETS=test:test NLL_SETS=" " FAIRSEQ_GENERATE="fairseq-generate --max-len-a 2 --max-len-b 10"
+    export DATA="$demo/data" OUT="$demo/runs" SEED=1
+    . "$here/settings.sh"
     cores="$(python -c 'import os; print(len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)))')"
 }
 
@@ -60,7 +53,7 @@ stop_jobs() {
 # Shows the launcher's progress lines only, under the method's name.
 train_baseline() {
     local log="$demo/logs/$1.log" threads=$((cores / ${#baselines[@]}))
-    METHOD="$1" THREADS=$((threads > 0 ? threads : 1)) bash "$translation/train.sh" 2>&1 </dev/null |
+    METHOD="$1" THREADS=$((threads > 0 ? threads : 1)) bash "$here/train.sh" 2>&1 </dev/null |
         tee "$log" | sed -un "s/^\([0-9:]* \)\?peer0:\? /\1$1: /p" ||
         { tail -n 20 "$log" >&2; echo "demo: the training of $1 failed; its whole log: $log" >&2; return 1; }
 }
@@ -73,7 +66,7 @@ evaluate() {
         echo "$(date +%T) $1: $(find "$run" -name '*.generate.log' -exec cat {} + | grep -c '^H-') sentences translated"
     done &
     ticker=$!
-    THREADS=1 bash "$translation/evaluate.sh" "$run" || status=$?
+    THREADS=1 bash "$here/evaluate.sh" "$run" || status=$?
     kill "$ticker"
     return "$status"
 }
@@ -114,7 +107,7 @@ main() {
     heading "2/4 baselines, $UPDATES updates each, side by side"
     side_by_side train_baseline "${baselines[@]}"
     heading "3/4 codistillation, two peers, $UPDATES updates"
-    METHOD=codistill bash "$translation/train.sh"
+    METHOD=codistill bash "$here/train.sh"
     heading "4/4 translation and scores"
     side_by_side evaluate "${baselines[@]}" "codistill_$DISTANCE"
     heading "results after $(((SECONDS - started + 59) / 60)) minutes"

@@ -1,0 +1,235 @@
+"""Many runs of a recipe's train.sh and evaluate.sh, a few at a time:
+
+    python recipes/translation/sweep.py --recipe recipes/RECIPE --data PREPARED --out RUNS --jobs 4
+
+Stopped by Ctrl-C, SIGTERM or worse, the same command goes on where it was: what is finished and scored is skipped.
+``--results DIR`` copies what deserves to be kept (logs, scores, commands; no weights), with local paths taken out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+LARGE_LOG_BYTES = 200_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the runs file with one seed."""
+
+    name: str
+    seed: int
+    variables: tuple[str, ...]  # NAME=VALUE, as train.sh knows them
+
+    def folder(self, out: Path) -> Path:
+        return out / self.name / f"seed{self.seed}"
+
+    def environment(self, data: Path, out: Path) -> dict[str, str]:
+        own = dict(variable.split("=", 1) for variable in self.variables)
+        return {**os.environ, **own, "NAME": self.name, "SEED": str(self.seed), "DATA": str(data), "OUT": str(out)}
+
+
+def known_variables() -> set[str]:
+    """What train.sh reads, less what this program sets itself."""
+    found = re.findall(r"\$\{([A-Z_]+):-", (HERE / "train.sh").read_text(encoding="utf-8"))
+    return set(found) - {"NAME", "SEED", "DATA", "OUT"}
+
+
+def read_runs(path: Path, seeds: Sequence[int], only: Sequence[str]) -> list[Run]:
+    """The runs of a file, all with the first seed before any with the second. Quotes are as in a shell.
+
+    Raises ``ValueError`` for a line that is none, a variable that train.sh does not read, a name that is not there.
+    """
+    known = known_variables()
+    lines: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        for word in words[1:]:
+            variable, equals, _ = word.partition("=")
+            if not equals or variable not in known:
+                raise ValueError(f"{path}:{number}: {word} must be VARIABLE=VALUE with a variable that train.sh reads")
+        if words[0] in lines or "=" in words[0] or "/" in words[0]:
+            raise ValueError(f"{path}:{number}: must begin with a new name, but begins with {words[0]}")
+        lines[words[0]] = tuple(words[1:])
+    if unknown := set(only) - set(lines):
+        raise ValueError(f"--only must name runs of {path} ({', '.join(lines)}), but has {', '.join(sorted(unknown))}")
+    return [Run(name, seed, lines[name]) for seed in seeds for name in lines if not only or name in only]
+
+
+class Pool:
+    """Runs a recipe's scripts, each in a process group of its own, so that all can be stopped together."""
+
+    def __init__(self, recipe: Path, data: Path, out: Path, scripts: Sequence[str]) -> None:
+        self.recipe, self.data, self.out, self.scripts = recipe, data, out, scripts
+        self.stopping = False
+        self._live: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+
+    def work(self, run: Run) -> str:
+        """Train and score one run; returns what went wrong, in one line, or nothing."""
+        folder = run.folder(self.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        for script in self.scripts:
+            status = self._call(["bash", str(self.recipe / script)] + [str(folder)] * (script == "evaluate.sh"), run)
+            if status:
+                return f"{script} ended with status {status}, see {folder / 'sweep.log'}"
+        return ""
+
+    def _call(self, command: list[str], run: Run) -> int:
+        environment = run.environment(self.data, self.out)
+        with open(run.folder(self.out) / "sweep.log", "ab") as log:
+            with self._lock:
+                if self.stopping:
+                    return -signal.SIGTERM
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+                )
+                self._live.add(process)
+            status = process.wait()
+        with self._lock:
+            self._live.discard(process)
+        return status
+
+    def stop(self) -> None:
+        """Ask every script and what it started to end; codistill-launch passes it on to its peers."""
+        with self._lock:
+            self.stopping = True
+            for process in self._live:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+
+
+def sweep(runs: Sequence[Run], pool: Pool, jobs: int) -> dict[Run, str]:
+    """Work through ``runs``, ``jobs`` at a time; returns those that failed and why."""
+    failed: dict[Run, str] = {}
+    began = time.monotonic()
+    with ThreadPoolExecutor(jobs) as executor:
+        futures = {executor.submit(pool.work, run): run for run in runs}
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                run, error = futures[future], future.result()
+                if error:
+                    failed[run] = error
+                so_far = f"[{count}/{len(runs)}, {(time.monotonic() - began) / 60:.1f} min]"
+                print(f"{so_far} {run.name} seed {run.seed}: {error or 'done'}", flush=True)
+        except KeyboardInterrupt:
+            pool.stop()
+            raise
+    return failed
+
+
+def collect(runs: Sequence[Run], pool: Pool, results: Path) -> int:
+    """Copy commands, logs and scores of the finished runs to ``results``; returns the number of files.
+
+    A log above ``LARGE_LOG_BYTES`` is gzipped. Local paths become DATA, OUT, ENV and ``.``, the repository.
+    """
+    count = 0
+    shutil.copyfile(pool.data / "manifest.json", _parent_made(results / "data.json"))
+    for run in runs:
+        folder = run.folder(pool.out)
+        if not (folder / "finished").exists():
+            continue
+        for path in _kept(folder):
+            text = _without_paths(path.read_text(encoding="utf-8", errors="replace"), pool).encode("utf-8")
+            target = _parent_made(results / path.relative_to(pool.out))
+            is_large = path.suffix == ".log" and len(text) > LARGE_LOG_BYTES
+            for stale in (target, target.with_name(target.name + ".gz")):
+                stale.unlink(missing_ok=True)
+            if is_large:
+                # No time inside: the same log gives the same bytes.
+                target.with_name(target.name + ".gz").write_bytes(gzip.compress(text, mtime=0))
+            else:
+                target.write_bytes(text)
+            count += 1
+    return count
+
+
+def _kept(folder: Path) -> Iterator[Path]:
+    yield folder / "command.txt"
+    yield from sorted(folder.glob("peer*/train.log"))
+    yield from sorted(folder.glob("**/*.sacrebleu.json"))
+    yield from sorted(folder.glob("**/*.nll.json"))
+
+
+def _parent_made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _without_paths(text: str, pool: Pool) -> str:
+    names = {str(pool.data): "DATA", str(pool.out): "OUT", str(ROOT): ".", sys.prefix: "ENV", str(Path.home()): "~"}
+    # The longest first, because one may lie inside another; "/" and "/usr" would spoil every other path.
+    for path in sorted((path for path in names if path.count("/") > 1), key=len, reverse=True):
+        text = text.replace(path, names[path])
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", type=Path, required=True, help="folder with train.sh and evaluate.sh")
+    parser.add_argument("--data", type=Path, required=True, help="prepared data, as the recipe's README tells")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs, OUT/NAME/seedN")
+    parser.add_argument("--runs", type=Path, help="file of runs (default: the recipe's runs.txt)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of these, only some")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each of PEERS processes if codistilling")
+    parser.add_argument("--no-evaluate", action="store_true", help="train only, as for tuning on valid")
+    parser.add_argument("--results", type=Path, help="copy logs and scores of the finished runs here")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Command line; the exit status is 1 if a run failed, 2 for bad input, 130 or 143 when stopped."""
+    args = _parser().parse_args(argv)
+    try:
+        if not (args.recipe / "train.sh").is_file():
+            raise ValueError(f"--recipe must be a folder with a train.sh, but {args.recipe} has none")
+        runs = read_runs(args.runs or args.recipe / "runs.txt", args.seeds, args.only)
+        if args.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, but is {args.jobs} instead")
+        if not (args.data / "manifest.json").is_file():
+            raise ValueError(f"--data must be prepared data, but {args.data} has no manifest.json")
+    except (ValueError, OSError) as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        return 2
+    scripts = ["train.sh"] if args.no_evaluate else ["train.sh", "evaluate.sh"]
+    pool = Pool(args.recipe.resolve(), args.data.resolve(), args.out.resolve(), scripts)
+    stopped_by = [signal.SIGINT]
+
+    def stop(number: int, frame: object) -> None:
+        stopped_by[0] = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        failed = sweep(runs, pool, args.jobs)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoints", flush=True)
+        return 128 + stopped_by[0]
+    if args.results:
+        print(f"{args.results}: {collect(runs, pool, args.results)} files")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+#!/usr/bin/env bash
+# Train one run of a translation recipe. Start it through the recipe, which sets the experiment's defaults:
+# METHOD=codistill SEED=1 DATA=prepared OUT=runs bash recipes/RECIPE/train.sh
+# It goes to OUT/NAME/seedSEED, one folder for each peer. A run that was stopped goes on from its last checkpoint, a
+# finished one is left alone. DRY_RUN=1 prints the command and does nothing. README.md lists every variable.
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(cd "$here/../.." && pwd)"
+refuse() { echo "train.sh: $*" >&2; exit 2; }
+
+read_settings() {
+    RECIPE="${RECIPE:-translation}" SOURCE="${SOURCE:-}" TARGET="${TARGET:-}"
+    PREPARED_BY="${PREPARED_BY:-data_prep/prepare.py}" EXPECT="${EXPECT:-}"
+    METHOD="${METHOD:-codistill}" SEED="${SEED:-1}" PEERS="${PEERS:-2}" UPDATES="${UPDATES:-2000}"
+    DISTANCE="${DISTANCE:-mse}" GAMMA="${GAMMA:-1.1}" INTERVAL="${INTERVAL:-2500}" SYNC="${SYNC:-0}" WAIT="${WAIT:-0}"
+    WIRE="${WIRE:-}"
+    LABEL_SMOOTHING="${LABEL_SMOOTHING:-0.1}" RDROP_ALPHA="${RDROP_ALPHA:-5}"
+    WORKERS="${WORKERS:-$PEERS}" TOKENS="${TOKENS:-4096}" UPDATE_FREQ="${UPDATE_FREQ:-}"
+    LR="${LR:-5e-4}" WARMUP="${WARMUP:-4000}" WARMUP_INIT_LR="${WARMUP_INIT_LR:-}"
+    DROPOUT="${DROPOUT:-0.3}" WEIGHT_DECAY="${WEIGHT_DECAY:-}" CLIP_NORM="${CLIP_NORM:-}"
+    ARCH="${ARCH:-transformer}" LAYERS="${LAYERS:-}" WIDTH="${WIDTH:-}" FFN="${FFN:-}" HEADS="${HEADS:-}"
+    VALIDATE="${VALIDATE:-500}" VALID_TOKENS="${VALID_TOKENS:-$TOKENS}" KEEP="${KEEP:-1}" LOG_EVERY="${LOG_EVERY:-$VALIDATE}"
+    CPU="${CPU:-0}" GPUS="${GPUS:-}" GPUS_PER_PEER="${GPUS_PER_PEER:-auto}" PRECISION="${PRECISION:-fp32}"
+    LOADERS="${LOADERS:-0}" DRY_RUN="${DRY_RUN:-0}" VOCAB="${VOCAB:-}" GPU_TOKENS_PER_SECOND="${GPU_TOKENS_PER_SECOND:-}"
+    # Too much of mse ties untrained peers to each other, so its α starts low and grows. How they were tuned: Multi30k's README.
+    if [[ "$DISTANCE" == *mse ]]; then
+        ALPHA="${ALPHA:-0.1}" ALPHA_SCHEDULE="${ALPHA_SCHEDULE:-exponential}"
+    else
+        ALPHA="${ALPHA:-1.0}" ALPHA_SCHEDULE="${ALPHA_SCHEDULE:-constant}"
+    fi
+    read -ra launch <<<"${CODISTILL_LAUNCH:-codistill-launch}"
+    read -ra fairseq_train <<<"${FAIRSEQ_TRAIN:-fairseq-train}"
+    read -ra extra <<<"${EXTRA:-}"
+}
+
+# count NAME: the variable of that name must be a whole number of at least 1.
+count() { [[ "${!1}" =~ ^[1-9][0-9]*$ ]] || refuse "$1 must be a whole number of at least 1, but is ${!1} instead"; }
+
+check_settings() {
+    local name
+    [[ -n "$SOURCE" && -n "$TARGET" ]] ||
+        refuse "SOURCE and TARGET must be languages; did you forget to start the train.sh of a recipe, not the shared one?"
+    [[ -n "${DATA:-}" ]] || refuse "DATA must be a folder made by $PREPARED_BY, but is not set"
+    [[ -n "${OUT:-}" ]] || refuse "OUT must be the folder for the runs, but is not set"
+    [[ "$SEED" =~ ^[0-9]+$ ]] || refuse "SEED must be a whole number, but is $SEED instead"
+    for name in PEERS WORKERS TOKENS UPDATES VALIDATE KEEP; do count "$name"; done
+    [[ -z "$GPUS" || "$GPUS" =~ ^[0-9]+$ ]] || refuse "GPUS must be a whole number, but is $GPUS instead"
+    [[ -z "$UPDATE_FREQ" ]] || count UPDATE_FREQ
+    [[ "$GPUS_PER_PEER" == auto ]] || count GPUS_PER_PEER
+    [[ "$PRECISION" =~ ^fp(16|32)$ ]] || refuse "PRECISION must be fp16 or fp32, but is $PRECISION instead"
+    ((WORKERS % PEERS == 0)) || refuse "WORKERS must be a multiple of PEERS=$PEERS, but is $WORKERS instead"
+}
+
+# Sets name, jobs (how many fairseq jobs), workers (of each job) and objective from METHOD.
+choose_objective() {
+    local smoothing=(--label-smoothing "$LABEL_SMOOTHING")
+    local smoothed=(--criterion label_smoothed_cross_entropy "${smoothing[@]}")
+    local rdrop=(--criterion label_smoothed_cross_entropy_with_rdrop "${smoothing[@]}" --rdrop-alpha "$RDROP_ALPHA")
+    name="$METHOD" jobs=1 workers=$((WORKERS / PEERS))
+    case "$METHOD" in
+    codistill)
+        name="codistill_$DISTANCE" jobs="$PEERS"
+        objective=(--criterion codistill_ce --codistill-interval "$INTERVAL" --codistill-loss "$DISTANCE"
+            --codistill-alpha "$ALPHA" --codistill-alpha-schedule "$ALPHA_SCHEDULE" --codistill-gamma "$GAMMA"
+            --codistill-wait "$WAIT")
+        [[ -z "$WIRE" ]] || objective+=(--codistill-wire-dtype "$WIRE")
+        [[ "$SYNC" == 0 ]] || objective+=(--codistill-sync)
+        ;;
+    all_reduce) objective=("${smoothed[@]}") workers="$WORKERS" ;;
+    all_reduce_no_smoothing) objective=(--criterion cross_entropy) workers="$WORKERS" ;;
+    single) objective=(--criterion cross_entropy) ;;
+    rdrop) objective=("${rdrop[@]}") ;;
+    rdrop_all_reduce) objective=("${rdrop[@]}") workers="$WORKERS" ;;
+    *) refuse "METHOD must be codistill, all_reduce, all_reduce_no_smoothing, single, rdrop or rdrop_all_reduce," \
+        "but is $METHOD instead" ;;
+    esac
+    # checkpoint_best.pt must be the best by true NLL. Where labels are smoothed that is nll_loss (R-Drop logs twice the
+    # true value, so the choice is the same); cross_entropy and, in validation, codistill_ce log it as loss.
+    metric=nll_loss
+    [[ "${objective[1]}" == label_smoothed* ]] || metric=loss
+}
+
+count_gpus() {
+    if [[ -n "$GPUS" ]]; then
+        echo "$GPUS"
+    elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
+    else
+        { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true
+    fi
+}
+
+divisors() {
+    local i found=()
+    for ((i = 1; i <= $1; i++)); do (($1 % i)) || found+=("$i"); done
+    sed 's/ /, /g' <<<"${found[*]}"
+}
+
+# Sets visible, gpus (of each job), update_freq and device_options of the launcher, which left to itself shares out all GPUs.
+# A worker is one batch of TOKENS in an update. A GPU that stands for several sums their batches one after another: the
+# same gradient as workers that all-reduce. So the batch does not depend on how many GPUs there are.
+choose_devices() {
+    visible="$(count_gpus)"
+    device_options=() gpus=1 precision=()
+    if [[ "$CPU" != 0 ]]; then
+        device_options=(--gpus-per-peer 0)
+        extra+=(--cpu)
+    else
+        [[ "$PRECISION" == fp32 ]] || precision=(--fp16)
+        ((visible > 0)) || [[ "$DRY_RUN" != 0 || "$PRECISION" == fp32 ]] || refuse "PRECISION=$PRECISION needs a GPU," \
+            "but none is visible; CPU=1 trains on the processor, and GPUS=8 DRY_RUN=1 plans for eight"
+        if [[ "$GPUS_PER_PEER" != auto ]]; then gpus="$GPUS_PER_PEER"; elif ((visible > jobs)); then gpus=$((visible / jobs)); fi
+        ((workers % gpus == 0)) || refuse "GPUS_PER_PEER must divide the workers of each job, $workers: one of" \
+            "$(divisors "$workers"), but is $gpus instead ($visible GPUs for $jobs job(s))"
+        if ((jobs * gpus <= visible)); then
+            device_options=(--gpus-per-peer "$gpus")
+        elif ((gpus > 1)); then
+            refuse "GPUS_PER_PEER=$gpus with $jobs job(s) needs $((jobs * gpus)) GPUs, but there are $visible"
+        fi
+    fi
+    update_freq="${UPDATE_FREQ:-$((workers / gpus))}"
+}
+
+# Only what is set: an architecture has sizes of its own.
+choose_model() {
+    local part
+    model=(--arch "$ARCH" --share-all-embeddings)
+    for part in encoder decoder; do
+        [[ -z "$LAYERS" ]] || model+=("--$part-layers" "$LAYERS")
+        [[ -z "$WIDTH" ]] || model+=("--$part-embed-dim" "$WIDTH")
+        [[ -z "$FFN" ]] || model+=("--$part-ffn-embed-dim" "$FFN")
+        [[ -z "$HEADS" ]] || model+=("--$part-attention-heads" "$HEADS")
+    done
+    model+=(--dropout "$DROPOUT")
+    optimizer=(--optimizer adam --adam-betas '(0.9, 0.98)')
+    [[ -z "$WEIGHT_DECAY" ]] || optimizer+=(--weight-decay "$WEIGHT_DECAY")
+    [[ -z "$CLIP_NORM" ]] || optimizer+=(--clip-norm "$CLIP_NORM")
+    optimizer+=(--lr "$LR" --lr-scheduler inverse_sqrt --warmup-updates "$WARMUP")
+    [[ -z "$WARMUP_INIT_LR" ]] || optimizer+=(--warmup-init-lr "$WARMUP_INIT_LR")
+}
+
+build_command() {
+    # Validation and saving by updates alone, not at the ends of epochs too: all_reduce has twice as many of those, so its
+    # best checkpoint would be picked from more candidates.
+    local never=1000000
+    # --required-batch-size-multiple 1: with its default, 8, fairseq's 2024 version drops a last batch of another size
+    # without a word, in validation too (6 of 1,014 sentences of Multi30k).
+    command=("${launch[@]}" --peers "$jobs" ${device_options[@]+"${device_options[@]}"} --
+        "${fairseq_train[@]}" "$DATA/bin" --user-dir "$root/fairseq_codistill" --save-dir "$run" --seed "$SEED"
+        --task translation --source-lang "$SOURCE" --target-lang "$TARGET" "${model[@]}" "${objective[@]}"
+        "${optimizer[@]}" ${precision[@]+"${precision[@]}"}
+        --max-tokens "$TOKENS" --max-tokens-valid "$VALID_TOKENS" --required-batch-size-multiple 1
+        --update-freq "$update_freq" --max-update "$UPDATES"
+        --validate-interval-updates "$VALIDATE" --save-interval-updates "$VALIDATE" --keep-interval-updates "$KEEP"
+        --validate-interval "$never" --save-interval "$never" --best-checkpoint-metric "$metric"
+        --log-format json --log-interval "$LOG_EVERY" --num-workers "$LOADERS" ${extra[@]+"${extra[@]}"})
+}
+
+# What it will cost and what to expect, on stderr, so that DRY_RUN's stdout is the command alone.
+tell() {
+    local python="${PYTHON:-python3}" dictionary="$DATA/bin/dict.$TARGET.txt" words="$VOCAB" option
+    local sizes=(--arch "$ARCH")
+    command -v "$python" >/dev/null || return 0
+    # fairseq adds four special symbols to the file's.
+    [[ ! -f "$dictionary" ]] || words=$(($(wc -l <"$dictionary") + 4))
+    for option in layers:"$LAYERS" width:"$WIDTH" ffn:"$FFN" vocab:"$words" tokens-per-second:"$GPU_TOKENS_PER_SECOND"; do
+        [[ -z "${option#*:}" ]] || sizes+=("--${option%%:*}" "${option#*:}")
+    done
+    [[ "$CPU" == 0 ]] || sizes+=(--cpu)
+    ((visible == 0)) || sizes+=(--devices "$visible")
+    "$python" "$here/budget.py" --recipe "$RECIPE" --method "$METHOD" --jobs "$jobs" --gpus "$gpus" --update-freq "$update_freq" \
+        --tokens "$TOKENS" --updates "$UPDATES" --keep "$KEEP" --expect "$EXPECT" "${sizes[@]}" >&2
+}
+
+start() {
+    local typed="$1" peer
+    [[ -f "$DATA/bin/dict.$TARGET.txt" ]] || refuse "DATA must be a folder made by $PREPARED_BY, but $DATA is not"
+    mkdir -p "$run"
+    # Held as long as the launcher lives, even if this script is killed.
+    exec 9>"$run/lock"
+    if command -v flock >/dev/null && ! flock -n 9; then refuse "$run is being trained by another process"; fi
+    # Going on with other options would give a run that no command line describes.
+    [[ ! -f "$run/command.txt" || "$(<"$run/command.txt")" == "$typed" ]] ||
+        refuse "$run was begun with another command (see its command.txt); give another NAME or OUT, or delete it"
+    if [[ -f "$run/finished" ]]; then
+        echo "$run: was finished, nothing done"
+        return
+    fi
+    tell
+    echo "$typed" >"$run/command.txt"
+    [[ -z "${THREADS:-}" ]] || export OMP_NUM_THREADS="$THREADS" MKL_NUM_THREADS="$THREADS"
+    "${command[@]}"
+    for ((peer = 0; peer < jobs; peer++)); do
+        [[ -f "$run/peer$peer/checkpoint_best.pt" ]] || {
+            echo "train.sh: the training ended, but $run/peer$peer has no checkpoint_best.pt" >&2
+            return 1
+        }
+    done
+    touch "$run/finished"
+}
+
+# In a function, because bash reads a script while it runs it: an edit in the meantime would be executed by halves.
+main() {
+    local typed
+    read_settings
+    check_settings
+    choose_objective
+    choose_devices
+    choose_model
+    run="$OUT/${NAME:-$name}/seed$SEED"
+    build_command
+    # Without the blank that printf leaves at the end: what is read back from command.txt must be the same.
+    printf -v typed '%q ' "${command[@]}"
+    if [[ "$DRY_RUN" != 0 ]]; then
+        tell
+        echo "${typed% }"
+    else
+        start "${typed% }"
+    fi
+    exit
+}
+main

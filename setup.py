@@ -22,13 +22,18 @@ setup(
         "matplotlib",
         "tensorboard",
         "requests",
+        "sacremoses",
+        "subword-nmt",
         "tqdm",
     ],
     extras_require={
         "image": ["torchvision"],
         "s3": ["s3fs"],
         # moto's extra "server" would bring all of AWS, and thirty packages; its S3 needs no more than flask.
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "s3fs", "moto[s3]", "flask", "flask-cors", "simpy", "scipy"],
+        "dev": [
+            "pytest", "pytest-timeout", "hypothesis", "ruff", "s3fs", "moto[s3]", "flask", "flask-cors", "simpy", "scipy",
+            "torchvision", "scikit-learn",
+        ],  # fmt: skip
     },
     entry_points={
         "console_scripts": [

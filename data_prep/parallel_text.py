@@ -95,14 +95,14 @@ def encode(model: SentencePieceProcessor, lines: Sequence[str]) -> list[str]:
     return [" ".join(pieces) for pieces in model.encode(list(lines), out_type=str)]
 
 
-def binarise(pieces: Path, out: Path, source: str, target: str, splits: Mapping[str, Sequence[str]]) -> None:
-    """Run ``fairseq-preprocess`` with a joined dictionary on ``pieces/NAME.LANG``.
+def binarise(pieces: Path, out: Path, source: str, target: str, splits: Mapping[str, Sequence[str]], workers: int = 1) -> None:
+    """Run ``fairseq-preprocess`` with a joined dictionary on ``pieces/NAME.LANG``, in so many processes.
 
     ``splits`` maps train, valid and test to file names; fairseq calls the second test set ``test1``, and so on. Its
     output goes to ``out/preprocess.log``. Raises ``RuntimeError`` with the end of its output if it fails.
     """
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--source-lang", source, "--target-lang", target]
-    command += ["--joined-dictionary", "--destdir", str(out)]
+    command += ["--joined-dictionary", "--destdir", str(out), "--workers", str(workers)]
     for split, names in splits.items():
         command += [f"--{split}pref", ",".join(str(pieces / name) for name in names)]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -113,7 +113,7 @@ def binarise(pieces: Path, out: Path, source: str, target: str, splits: Mapping[
 def versions() -> dict[str, str]:
     """What made the data, for the manifest."""
     found = {"python": platform.python_version(), "sentencepiece": sentencepiece.__version__}
-    for name in ("fairseq-fixed", "fairseq"):
+    for name in ("fairseq-fixed", "fairseq", "sacremoses", "subword-nmt"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -1,0 +1,96 @@
+"""Work in stages, each of which is done wholly or not at all: a run that is killed goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Callable, Optional
+
+RECORD = "stage.json"
+
+
+class Stages:
+    """The stages of one piece of work in ``folder``, begun with ``settings``.
+
+    A stage writes into ``NAME.PID.tmp``; one rename to ``NAME`` makes it done. Its record lies inside, so that there is no
+    moment at which one is there without the other.
+    """
+
+    def __init__(self, folder: Path, settings: dict) -> None:
+        """Raises ``ValueError`` if ``folder`` was begun with other settings."""
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        begun_with = read_json(folder / "settings.json")
+        if begun_with is None:
+            if any(folder.iterdir()):
+                raise ValueError(f"{folder} must be new or work that was begun, but has no good settings.json. Delete it")
+            write_json(folder / "settings.json", settings)
+        elif begun_with != settings:
+            raise ValueError(f"{folder} was begun with {begun_with}, not with {settings}; give another --out or delete it")
+
+    def do(self, name: str, function: Callable[[Path], dict]) -> dict:
+        """Run ``function(folder to fill)`` unless the stage is done; returns what it returned, now or then."""
+        done = self.folder / name
+        record = read_json(done / RECORD)
+        if record is not None:
+            return record
+        for left in [done, *self.folder.glob(f"{name}.*.tmp")]:
+            shutil.rmtree(left, ignore_errors=True)
+        # A name of its own: a program that a killed run had started may still be writing.
+        unfinished = self.folder / f"{name}.{os.getpid()}.tmp"
+        unfinished.mkdir()
+        began = time.monotonic()
+        try:
+            record = function(unfinished)
+            write_json(unfinished / RECORD, record)
+            sync_files(unfinished)
+            unfinished.rename(done)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        print(f"{name}: done in {time.monotonic() - began:.1f} s", flush=True)
+        return record
+
+
+def read_json(path: Path) -> Optional[dict]:
+    """The object in a file, None where there is no such file or something else in it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Never half: under another name first."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def sync_files(folder: Path) -> None:
+    """Have the disk hold every file below ``folder``, so that not even a power cut leaves a done stage with half a file."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold ``folder``, made if need be, until the process ends or is done; ``ValueError`` if another run holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"{what} is being made by another run; wait for its end") from error
+    finally:
+        os.close(handle)

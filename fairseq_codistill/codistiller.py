@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .courier import Courier
 from .exchange import Exchange, Run
+from .int8 import load
 from .manifest import BadSnapshot, Manifest
 from .replica import freeze, replica
 from .schedules import alpha_at
@@ -68,10 +69,15 @@ class Teaching:
     def outputs(self, net_input: Dict[str, Any]) -> Iterator[Tuple[nn.Module, Any]]:
         """Each peer with what it predicts for `net_input`; no gradient is recorded."""
         for peer in self.peers:
-            dtype = next((p.dtype for p in peer.parameters() if p.is_floating_point()), None)
             with torch.no_grad():
-                output = peer(**{name: _cast(value, dtype) for name, value in net_input.items()})
+                output = peer(**self.cast(peer, net_input))
             yield peer, output
+
+    @staticmethod
+    def cast(peer: nn.Module, net_input: Dict[str, Any]) -> Dict[str, Any]:
+        """The input with its floats (images, speech) in the peer's precision."""
+        dtype = next((p.dtype for p in peer.parameters() if p.is_floating_point()), None)
+        return {name: _cast(value, dtype) for name, value in net_input.items()}
 
     def of(self, part: str) -> Teaching:
         """The same teaching by the sub-models `peer.models[part]`: one language pair of a multilingual model."""
@@ -94,7 +100,7 @@ class Codistiller:
     which a snapshot no longer teaches; `lockstep`: wait for the teachers' snapshot of the very same update;
     `wire_dtype`: what floats travel as (None: float32 as bfloat16, others as they are); `in_background`: exchange beside
     the training, unless in lockstep; `updates`: where training ends, if known; `needs_peers`: False for the smoothing
-    controls, which teach without a peer; `frozen`: offline teachers.
+    controls, which teach without a peer; `frozen`: offline teachers; `every`: of so many updates one is taught.
     """
 
     peer: int
@@ -113,6 +119,7 @@ class Codistiller:
     wire_dtype: Optional[torch.dtype] = None
     in_background: bool = True
     updates: Optional[int] = None
+    every: int = 1
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
 
@@ -140,14 +147,16 @@ class Codistiller:
         """`model`: the unwrapped one, on its device and in its dtype."""
         self.epoch, self._model = epoch, model
         for teacher in self.frozen:
-            freeze(teacher, next(model.parameters()).device, self.peer_dtype or _dtype_of(model))
+            freeze(teacher, next(model.parameters()).device, self.peer_dtype, _dtype_of(model))
 
     def checkpointed(self) -> None:
         """A checkpoint is being written. Only the one before it is sure to be whole, should I be killed now."""
         self._checkpoints = (self._checkpoints[1], (self._update + 1) if self._update is not None else 0)
 
     def teaching(self, update: int) -> Optional[Teaching]:
-        """Who teaches in this update (0, 1, …), or None: α is 0, or nobody can. Exchanges first, when that is due.
+        """Who teaches in this update (0, 1, …), or None: α is 0, nobody can, or it is not one of `every` so many.
+
+        Exchanges first, when that is due.
 
         Asked again for the same update (micro-batches, a re-run), it exchanges nothing again.
         """
@@ -156,7 +165,7 @@ class Codistiller:
             if self.exchange is not None:
                 self._exchange_if_due(update, first)
         alpha = self.schedule.at(self.epoch, update)
-        if alpha == 0:
+        if alpha == 0 or update % self.every:
             return None
         if not self.needs_peers:
             return Teaching(alpha)
@@ -330,10 +339,10 @@ class Codistiller:
         start = time.perf_counter()
         held = self._held.get(peer)
         model = held.model if held else replica(self._model, self.peer_dtype)
-        for name, tensor in tensors_of(model).items():
-            if weights is not None:
-                tensor.copy_(weights[name])
-            if _grouped():
+        if weights is not None:
+            load(model, weights)
+        if _grouped():
+            for tensor in tensors_of(model).values():
                 dist.broadcast(tensor, src=0)
         self._held[peer] = _Held(model, manifest)
         if self._leads:

@@ -17,8 +17,7 @@ from .schedules import ALPHA_SCHEDULES
 from .topology import edges_of
 
 ENVIRONMENT = {"codistill_peer": "CODISTILL_PEER", "codistill_peers": "CODISTILL_PEERS", "codistill_dir": "CODISTILL_DIR"}
-PEER_DTYPES = ("fp32", "bf16", "fp16")
-WIRE_DTYPES = (*PEER_DTYPES, "int8")
+DTYPES = ("fp32", "bf16", "fp16", "int8")
 
 
 def _option(default, help: str):
@@ -51,10 +50,15 @@ class CodistillConfig(FairseqDataclass):
     codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(
         "pairwise", "pairwise: mean of the distances; mean: distance to the peers' mean prediction"
     )
-    codistill_peer_dtype: Optional[ChoiceEnum(list(PEER_DTYPES))] = _option(
-        None, "precision of the peers' weights and forward (default: the model's)"
+    codistill_peer_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
+        None,
+        "precision of the peers' weights and forward (default: the model's); bf16 is fastest where the processor has it, "
+        "int8 saves memory and costs time",
     )
-    codistill_wire_dtype: Optional[ChoiceEnum(list(WIRE_DTYPES))] = _option(
+    codistill_every: int = _option(
+        1, "of so many updates one is taught, and the others are plain and cheaper; α is not raised for it"
+    )
+    codistill_wire_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
         None, "precision in which weights travel (default: bf16 for an fp32 model, else the model's)"
     )
     codistill_sync: bool = _option(False, "lockstep: wait for the peers' snapshot of the same update (reproducible runs)")
@@ -138,6 +142,7 @@ def _finite(test: Callable[[float], bool]) -> Callable[[float], bool]:
 _RULES = (
     ("codistill_peers", lambda v: v >= 1, "at least 1"),
     ("codistill_interval", lambda v: v >= 1, "at least 1 update"),
+    ("codistill_every", lambda v: v >= 1, "at least 1 update"),
     ("codistill_temperature", _finite(lambda v: v > 0), "a finite number greater than 0"),
     ("codistill_alpha", _finite(lambda v: v >= 0), "a finite number, not negative"),
     ("codistill_gamma", _finite(lambda v: v >= 0), "a finite number, not negative"),

@@ -8,22 +8,29 @@ nobody to learn from) gets plain cross entropy: there is no mode flag.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import logging
 import math
 from typing import Any, Dict, List, Optional, Sequence, Tuple
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from fairseq import checkpoint_utils, utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.logging import metrics
-from torch import Tensor
+from fairseq.models import BaseFairseqModel
+from torch import Tensor, nn
 
 from . import config, hook
 from .codistiller import AlphaSchedule, Codistiller, Teaching
 from .exchange import Exchange, Run
+from .fused import Objective, Peer, Sums, agrees, fused
 from .losses import AGGREGATES, CONTROLS, uniform, unigram
+from .output_layer import first, output_layer, replaced
 from .stores import open_store
 from .topology import edges_of
 
@@ -41,8 +48,9 @@ class CodistillCriterion(CrossEntropyCriterion):
         cfg = config.read_environment(cfg)
         config.check(cfg)
         self.distance_name = str(cfg.codistill_loss)
-        self.aggregate = AGGREGATES[str(cfg.codistill_aggregate)]
+        self.aggregate = str(cfg.codistill_aggregate)
         self.temperature = cfg.codistill_temperature
+        self._layers: WeakKeyDictionary = WeakKeyDictionary()  # of each model its output layer, or None
         self._frequencies: Optional[Tensor] = None
         self._gives_logits: Optional[bool] = None
         if self.distance_name == "unigram" and task.target_dictionary is None:
@@ -51,13 +59,12 @@ class CodistillCriterion(CrossEntropyCriterion):
 
     def forward(self, model, sample, reduce: bool = True):
         """The loss, its sample size, and what to log, as `cross_entropy` gives them."""
-        net_output = model(**sample["net_input"])
-        nll_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
-        loss, log = nll_loss, {}
         teaching = sample.get(hook.TEACHING)
-        if teaching is not None:
-            distance, log = self.distance(model, net_output, sample, teaching)
-            loss = nll_loss + teaching.alpha * (distance.sum() if reduce else distance)
+        layers = self._output_layers(model, sample, teaching) if reduce and teaching is not None else None
+        if layers:
+            loss, nll_loss, log = self._fused(model, sample, teaching, layers)
+        else:
+            loss, nll_loss, log = self._whole(model, sample, teaching, reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         return loss, sample_size, {
             "loss": loss.data,
@@ -68,6 +75,58 @@ class CodistillCriterion(CrossEntropyCriterion):
             **log,
         }  # fmt: skip
 
+    def _whole(self, model, sample, teaching: Optional[Teaching], reduce: bool):
+        """Loss, its cross entropy, and what to log of the teaching: for any model, from all its logits at once."""
+        net_output = model(**sample["net_input"])
+        nll_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
+        if teaching is None:
+            return nll_loss, nll_loss, {}
+        distance, log = self.distance(model, net_output, sample, teaching)
+        return nll_loss + teaching.alpha * (distance.sum() if reduce else distance), nll_loss, log
+
+    def _fused(self, model, sample, teaching: Teaching, layers: Sequence[nn.Linear]):
+        """As `_whole`, without ever holding all logits. `layers`: the output layers, mine and then each peer's."""
+        target_N = sample["target"].reshape(-1)
+        kept = (target_N != self.padding_idx).nonzero().squeeze(-1)
+        peers = self._peers_features(teaching, sample["net_input"], layers[1:], kept)
+        objective = Objective(self.distance_name, self.aggregate, self.temperature, teaching.alpha)
+        sums: List[Sums] = []
+
+        def loss_of(features: Tensor) -> Tensor:
+            kept_features = features.reshape(-1, features.size(-1)).index_select(0, kept)
+            sums.append(fused(kept_features, layers[0].weight, layers[0].bias, target_N[kept], peers, objective))
+            return sums[0].loss
+
+        # Inside the model's forward, so that data-parallel wrappers see every parameter used there.
+        with replaced(layers[0], loss_of):
+            loss = first(model(**sample["net_input"]))
+        positions = torch.tensor(kept.numel(), device=kept.device)
+        return loss, sums[0].nll, self._log(teaching, sums[0].distance, positions, sums[0].agreement)
+
+    def _peers_features(self, teaching: Teaching, net_input, layers: Sequence[nn.Linear], kept: Tensor) -> List[Peer]:
+        """What goes into each peer's output layer, at the kept positions, and that layer."""
+        peers = []
+        with contextlib.ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(replaced(layer, lambda features: features))
+            for layer, (_, output) in zip(layers, teaching.outputs(net_input)):
+                features = first(output)
+                kept_features = features.reshape(-1, features.size(-1)).index_select(0, kept)
+                # Taken once for all chunks: in 8 bits the weight is made anew whenever it is asked for.
+                peers.append(Peer(kept_features, functools.partial(F.linear, weight=layer.weight, bias=layer.bias)))
+        return peers
+
+    def _output_layers(self, model, sample, teaching: Teaching) -> Optional[List[nn.Linear]]:
+        """The output layers of me and of my peers, if each has one that may be fused with the loss."""
+        if self.distance_name in CONTROLS or not _plain_targets(model):
+            return None
+        for one in (model, *teaching.peers):
+            if one not in self._layers:
+                net_input = teaching.cast(one, sample["net_input"])
+                self._layers[one] = output_layer(one, net_input, lambda *output, one=one: _are_logits(one, *output))
+        layers = [self._layers[one] for one in (model, *teaching.peers)]
+        return layers if all(layer is not None for layer in layers) else None
+
     def distance(self, model, net_output, sample, teaching: Teaching) -> Tuple[Tensor, Dict[str, Any]]:
         """D at each position, 0 at padding: [N]; and the sums to log."""
         kept_N = model.get_targets(sample, net_output).reshape(-1) != self.padding_idx
@@ -77,30 +136,33 @@ class CodistillCriterion(CrossEntropyCriterion):
             distance_N = self._smoothing(own_NV)
         else:
             predictions = self._peers_scores(teaching, sample["net_input"], own_NV, kept_N, agreement)
-            distance_N = self.aggregate(self.distance_name, own_NV, predictions, self.temperature)
+            distance_N = AGGREGATES[self.aggregate](self.distance_name, own_NV, predictions, self.temperature)
         distance_N = distance_N.masked_fill(~kept_N, 0)
-        positions = kept_N.sum()
+        shared = sum(agreement) / len(agreement) if agreement else None
+        return distance_N, self._log(teaching, distance_N.sum().data, kept_N.sum(), shared)
+
+    def _log(self, teaching: Teaching, distance: Tensor, positions: Tensor, agreement: Optional[Tensor]) -> Dict[str, Any]:
         log = {
-            "codistill_loss": distance_N.sum().data,
+            "codistill_loss": distance,
             "codistill_positions": positions,
             "codistill_alpha": teaching.alpha * positions,
         }
-        if agreement:
+        if agreement is not None:
             log["codistill_staleness"] = teaching.staleness * positions
-            log["codistill_agreement"] = sum(agreement) / len(agreement)
-        return distance_N, log
+            log["codistill_agreement"] = agreement
+        return log
 
     def _peers_scores(self, teaching: Teaching, net_input, own_NV: Tensor, kept_N: Tensor, agreement: List[Tensor]):
         """Each peer's scores [N, V], one after another; counts on the way where its top-1 is mine."""
         own_top_N = own_NV.argmax(-1)
         for peer, output in teaching.outputs(net_input):
             peer_NV = self.scores(peer, output)
-            agreement.append(((peer_NV.argmax(-1) == own_top_N) & kept_N).sum())
+            agreement.append((agrees(peer_NV, own_top_N) & kept_N).sum())
             yield peer_NV
 
     def scores(self, model, net_output) -> Tensor:
         """A model's logits as [N, V], or its log-probabilities where its output is no logits (adaptive softmax, copying)."""
-        logits = net_output[0] if isinstance(net_output, (tuple, list)) else net_output
+        logits = first(net_output)
         logits = logits.get("encoder_out") if isinstance(logits, dict) else logits
         if self._gives_logits is None:
             self._gives_logits = _are_logits(model, net_output, logits)
@@ -173,6 +235,7 @@ def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
         exchange=Exchange(open_store(cfg.codistill_dir), peer) if exchanges else None,
         edges=edges_of(cfg.codistill_topology, peers),
         interval=cfg.codistill_interval,
+        every=cfg.codistill_every,
         peer_dtype=peer_dtype,
         wire_dtype=wire_dtype,
         updates=cfg.max_update or None,
@@ -196,6 +259,12 @@ def _load_teachers(paths: Optional[str], task: Any) -> Sequence[torch.nn.Module]
         return ()
     models, _ = checkpoint_utils.load_model_ensemble(paths.split(":"), task=task)
     return models
+
+
+def _plain_targets(model) -> bool:
+    """Whether the model's targets are the sample's, whatever the model gives out."""
+    get_targets = getattr(model, "get_targets", None)
+    return getattr(get_targets, "__func__", None) is BaseFairseqModel.get_targets
 
 
 def _are_logits(model, net_output, logits: Any) -> bool:

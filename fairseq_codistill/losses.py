@@ -82,14 +82,7 @@ def pairwise(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: fl
     `peers` yields logits [N, V] one after another, and each is dropped before the next is asked for: memory does not
     grow with their number. A peer's row that is not finite teaches nothing. Returns [N], differentiable once in `own_NV`.
     """
-    total: Optional[Tuple[Tensor, Tensor]] = None
-    count = 0
-    for peer_NV in peers:
-        value_N, gradient_NV = _value_and_gradient(name, own_NV, peer_NV, temperature)
-        total = (value_N, gradient_NV) if total is None else (total[0] + value_N, total[1].add_(gradient_NV))
-        count += 1
-    assert total is not None, "a distance needs at least one peer"
-    return _KnownGradient.apply(own_NV, total[0] / count, total[1].div_(count))
+    return _KnownGradient.apply(own_NV, *pairwise_gradient(name, own_NV, peers, temperature))
 
 
 def to_mean(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0) -> Tensor:
@@ -98,6 +91,23 @@ def to_mean(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: flo
     The mean is of logits for the squared distances and of probabilities (at τ) for the others. For `mse`, `ce` and `kl`
     its gradient equals that of `pairwise`.
     """
+    return _KnownGradient.apply(own_NV, *to_mean_gradient(name, own_NV, peers, temperature))
+
+
+def pairwise_gradient(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0) -> Tuple[Tensor, Tensor]:
+    """What `pairwise` returns, [N], and its gradient in `own_NV`, [N, V]; neither can be differentiated further."""
+    total: Optional[Tuple[Tensor, Tensor]] = None
+    count = 0
+    for peer_NV in peers:
+        value_N, gradient_NV = _value_and_gradient(name, own_NV, peer_NV, temperature)
+        total = (value_N, gradient_NV) if total is None else (total[0] + value_N, total[1].add_(gradient_NV))
+        count += 1
+    assert total is not None, "a distance needs at least one peer"
+    return total[0] / count, total[1].div_(count)
+
+
+def to_mean_gradient(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0) -> Tuple[Tensor, Tensor]:
+    """As `pairwise_gradient`, of `to_mean`."""
     probabilities = DISTANCES[name].mean_of == "probabilities"
     mean_NV, count = None, 0
     for peer_NV in peers:
@@ -108,10 +118,11 @@ def to_mean(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: flo
     mean_NV.div_(count)
     if probabilities:  # back to logits, whose softmax at τ is the mean distribution
         mean_NV = mean_NV.clamp_min_(torch.finfo(mean_NV.dtype).tiny).log_().mul_(temperature)
-    return pairwise(name, own_NV, [mean_NV], temperature)
+    return pairwise_gradient(name, own_NV, [mean_NV], temperature)
 
 
 AGGREGATES = {"pairwise": pairwise, "mean": to_mean}
+AGGREGATE_GRADIENTS = {"pairwise": pairwise_gradient, "mean": to_mean_gradient}
 
 
 def _value_and_gradient(name: str, own_NV: Tensor, peer_NV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:

@@ -162,12 +162,12 @@ def train_peers(data: Path, out: Path, *options: str, peers: int = 2, model: str
     return [job.finish() for job in start_peers(data, out, *options, peers=peers, model=model)]
 
 
-def start_group(data: Path, save_dir: Path, *options: str, ranks: int = 2, environment=None) -> List[Job]:
+def start_group(data: Path, save_dir: Path, *options: str, ranks: int = 2, model: str = MODEL, environment=None) -> List[Job]:
     """Start one data-parallel group of CPU processes, which all_reduce their gradients over gloo."""
     port = free_port()
     group = "--distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp"
     group += f" --distributed-world-size {ranks} --distributed-init-method tcp://127.0.0.1:{port}"
-    words = train_words(data, save_dir, *options, group)
+    words = train_words(data, save_dir, *options, group, model=model)
     return [Job([*words, "--distributed-rank", str(rank)], environment) for rank in range(ranks)]
 
 

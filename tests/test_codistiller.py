@@ -468,3 +468,15 @@ def test_a_late_read_is_skipped_by_all_ranks_together(tmp_path):
 def test_ranks_wait_together_and_never_for_ever(tmp_path):
     first, second = of_ranks(_wait_of_ranks, tmp_path / "x")
     assert first == second == ([None] * 3, True, True)
+
+
+def test_only_every_third_update_is_taught():
+    """By the update's number alone, so that a resumed run goes on as it would have; exchanges are not affected."""
+    store = MemoryStore()
+    me, other = codistiller(store, 0, every=3), codistiller(store, 1)
+    train(other, 5)
+    assert [teaching is not None for teaching in train(me, 10)] == [update % 3 == 0 for update in range(10)]
+    assert me.exchange.newest(0).update == 8
+    me.end(completed=False)
+    resumed = codistiller(store, 0, every=3)
+    assert resumed.teaching(10) is None and resumed.teaching(12) is not None

@@ -29,6 +29,7 @@ BAD = [
     (dict(peers=0), "codistill_peers must be at least 1, but is 0 instead."),
     (dict(peers=2), "codistill_dir must name a directory (or URL) that all 2 peers see, but is not given; did you forget"),
     (dict(interval=0), "codistill_interval must be at least 1 update, but is 0 instead."),
+    (dict(every=0), "codistill_every must be at least 1 update, but is 0 instead."),
     (dict(alpha=-0.1), "codistill_alpha must be a finite number, not negative, but is -0.1 instead."),
     (dict(alpha=float("nan")), "codistill_alpha must be a finite number, not negative, but is nan instead."),
     (dict(gamma=float("inf")), "codistill_gamma must be a finite number, not negative, but is inf instead."),

@@ -23,11 +23,16 @@ LAYERS = {
     "exchange": {"manifest", "snapshot", "stores"},
     "observer": {"manifest", "stores"},
     "courier": {"exchange", "manifest", "observer", "snapshot"},
-    "replica": set(),
-    "codistiller": {"courier", "exchange", "manifest", "replica", "snapshot", "schedules", "topology"},
+    "int8": set(),
+    "replica": {"int8"},
+    "fused": {"losses"},
+    "output_layer": set(),
+    "codistiller": {"courier", "exchange", "int8", "manifest", "replica", "snapshot", "schedules", "topology"},
     "hook": {"codistiller", "exchange", "schedules"},
     "config": {"losses", "schedules", "topology"},
-    "criterion": {"config", "hook", "codistiller", "exchange", "losses", "stores", "topology"},
+    "criterion": {
+        "config", "hook", "codistiller", "exchange", "fused", "losses", "output_layer", "stores", "topology",
+    },  # fmt: skip
     "fairseq_log": set(),
     "launch_plan": set(),
     "launch_progress": {"fairseq_log"},
@@ -42,11 +47,20 @@ LAYERS = {
     "report_figure": {"report_log", "report_summary", "report_table"},
     "report_files": {"report_log", "report_notes", "report_summary"},
     "report": {"report_figure", "report_files", "report_notes", "report_summary", "report_table"},
-    "__init__": {"compat", "criterion"},
+    "image_transforms": {"compat"},
+    "image_options": {"image_transforms"},
+    "image_folder": {"compat", "image_transforms"},
+    "image_models": {"compat"},
+    "lr_schedules": set(),
+    "nesterov": set(),
+    "image_classification": {"compat", "image_folder", "image_options", "image_transforms", "lr_schedules"},
+    "image_predict": {"compat", "image_classification", "image_folder", "image_models"},
+    "__init__": {"compat", "criterion", "image_classification", "image_models", "lr_schedules", "nesterov"},
 }
 # Which libraries a room may know of, where that is a rule; the commands must start without fairseq and torch.
 FOREIGN = {
-    "losses": {"torch"}, "schedules": set(), "topology": set(), "snapshot": {"torch", "safetensors"}, "exchange": set(),
+    "losses": {"torch"}, "fused": {"torch"}, "output_layer": {"torch"}, "int8": {"torch"},
+    "schedules": set(), "topology": set(), "snapshot": {"torch", "safetensors"}, "exchange": set(),
     "manifest": set(), "stores": set(), "url_store": {"fsspec"}, "courier": {"torch"}, "replica": {"torch"},
     "codistiller": {"torch"}, "hook": set(), "config": {"fairseq", "omegaconf"},
 }  # fmt: skip

@@ -240,6 +240,7 @@ def test_two_peers_over_s3(data, tmp_path):
 
 MODES = [
     "--amp", "--codistill-peer-dtype bf16 --update-freq 2", "--codistill-peer-dtype fp16", "--memory-efficient-fp16",
+    "--codistill-peer-dtype int8 --share-decoder-input-output-embed",
     "--fp16 --fp16-no-flatten-grads",  # flattened, fairseq's copy of the gradients can live on a GPU alone
 ]  # fmt: skip
 

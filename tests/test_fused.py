@@ -1,0 +1,375 @@
+"""The fused loss against the slow reference, and in real models against the path that holds all logits."""
+
+import copy
+import math
+import weakref
+
+import fairseq
+import pytest
+import torch
+import torch.nn.functional as F
+from fairseq.distributed import ModuleProxyWrapper
+from fairseq_runs import _FORK as FORK
+from fairseq_runs import CODISTILL, free_port, preprocess
+from test_criterion import Setting
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fairseq_codistill import hook
+from fairseq_codistill.codistiller import Teaching
+from fairseq_codistill.fused import Objective, Peer, fused
+from fairseq_codistill.losses import AGGREGATES, DISTANCES
+from fairseq_codistill.output_layer import output_layer, replaced
+
+N, C, V = 7, 5, 11
+
+
+def tensors(seed, dtype=torch.float64, bias=True):
+    """Features, weight and bias of an output layer; target."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(size, generator=draw, dtype=torch.float64) for size in ((N, C), (V, C), (V,))]
+    features, weight, offset = (row.to(dtype) for row in rows)
+    return features, weight, offset if bias else None, torch.randint(V, (N,), generator=draw)
+
+
+def teachers(count, dtype=torch.float64):
+    """Peers of other widths than mine, and their logits."""
+    peers, logits = [], []
+    for seed in range(1, count + 1):
+        draw = torch.Generator().manual_seed(100 + seed)
+        features = torch.randn(N, C + seed, generator=draw, dtype=torch.float64).to(dtype)
+        weight = torch.randn(V, C + seed, generator=draw, dtype=torch.float64).to(dtype)
+        peers.append(Peer(features, lambda x, weight=weight: F.linear(x, weight)))
+        logits.append(F.linear(features, weight))
+    return peers, logits
+
+
+def reference(features, weight, bias, target, logits, objective):
+    """All logits at once, by the equations of `losses`."""
+    own = F.linear(features, weight, bias)
+    nll = F.cross_entropy(own, target, reduction="sum")
+    distance = AGGREGATES[objective.aggregate](objective.distance, own, logits, objective.temperature).sum()
+    agreement = sum((own.argmax(-1) == peer.argmax(-1)).sum() for peer in logits) / len(logits)
+    return nll + objective.alpha * distance, nll, distance, agreement
+
+
+CASES = [(d, a, t, n) for d in DISTANCES for a in AGGREGATES for t, n in ((1.0, 1), (2.5, 1), (1.0, 3), (0.7, 2))]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100, None])
+@pytest.mark.parametrize("distance,aggregate,temperature,count", CASES)
+def test_it_is_the_reference(distance, aggregate, temperature, count, chunk):
+    objective = Objective(distance, aggregate, temperature, alpha=0.6)
+    results = []
+    for function in (fused, reference):
+        features, weight, bias, target = tensors(0)
+        leaves = [x.requires_grad_() for x in (features, weight, bias)]
+        peers, logits = teachers(count)
+        if function is fused:
+            sums = fused(features, weight, bias, target, peers, objective, chunk)
+        else:
+            sums = reference(features, weight, bias, target, logits, objective)
+        (sums[0] * 3.0).backward()
+        results.append((*(x.detach() for x in sums), *(x.grad for x in leaves)))
+    for mine, slow in zip(*results):
+        torch.testing.assert_close(mine, slow.to(mine.dtype))
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_gradcheck(distance, aggregate):
+    features, weight, bias, target = tensors(0)
+    leaves = tuple(x.requires_grad_() for x in (features, weight, bias))
+
+    def loss(*leaves):
+        return fused(*leaves, target, teachers(2)[0], Objective(distance, aggregate, 1.7, 0.4), 3).loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)])
+def test_only_what_is_trained_gets_a_gradient(needed):
+    features, weight, bias, target = tensors(0)
+    leaves = [x.requires_grad_(need) for x, need in zip((features, weight, bias), needed)]
+    loss = fused(*leaves, target, teachers(1)[0], Objective("ce")).loss
+    assert loss.requires_grad == any(needed)
+    if any(needed):
+        loss.backward()
+    assert [x.grad is not None for x in leaves] == list(needed)
+
+
+def test_a_shared_embedding_gathers_both_gradients():
+    """As with --share-all-embeddings: the weight is used below as well."""
+    grads = []
+    for function in (fused, reference):
+        _, weight, _, target = tensors(0)
+        weight.requires_grad_()
+        features = weight[target.flip(0)].tanh()
+        peers, logits = teachers(1)
+        teacher = peers if function is fused else logits
+        function(features, weight, None, target, teacher, Objective("ce"))[0].backward()
+        grads.append(weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_backward_twice_adds_the_same_again():
+    features, weight, bias, target = tensors(0)
+    features.requires_grad_()
+    loss = fused(features, weight, bias, target, teachers(1)[0], Objective("mse")).loss
+    loss.backward(retain_graph=True)
+    once = features.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(features.grad, 2 * once)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_half_precision(distance, dtype, tolerance):
+    """Against float64 from the same rounded numbers; sums and the loss come out wide, gradients in the model's dtype."""
+    objective, results = Objective(distance, alpha=0.6), []
+    for kind in (dtype, torch.float64):
+        features, weight, bias, target = (x.to(kind) if x.is_floating_point() else x for x in tensors(0, dtype))
+        leaves = [x.requires_grad_() for x in (features, weight, bias)]
+        peers = [
+            Peer(p.features_NC.to(kind), lambda x, p=p, kind=kind: p.project(x.to(dtype)).to(kind))
+            for p in teachers(1, dtype)[0]
+        ]
+        sums = fused(features, weight, bias, target, peers, objective, chunk=3)
+        assert sums.loss.dtype == (torch.float32 if kind == dtype else kind)
+        sums.loss.backward()
+        assert all(x.grad.dtype == kind for x in leaves)
+        results.append([sums.loss.detach().double(), sums.distance.double(), *(x.grad.double() for x in leaves)])
+    for mine, exact in zip(*results):
+        assert (mine - exact).norm() <= tolerance * exact.norm()
+
+
+def test_small_gradients_survive_fp16():
+    """A class of probability 1e-8 is below what fp16 can hold; its weight's gradient must still be there when scaled."""
+    features = torch.ones(1, 1, dtype=torch.float16)
+    weight = torch.tensor([[0.0], [-17.0]], dtype=torch.float16, requires_grad=True)
+    loss = fused(
+        features, weight, None, torch.tensor([0]), [Peer(features, lambda x: x @ weight.detach().T)], Objective("ce")
+    ).loss
+    (loss * 2**12).backward()
+    assert weight.grad[1].item() == pytest.approx(2**12 * math.exp(-17), rel=0.05)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_row_that_is_not_finite_teaches_nothing(distance, poison):
+    features, weight, bias, target = tensors(0)
+    features.requires_grad_()
+    bad = teachers(1)[1][0]
+    bad[2] = poison
+    good = teachers(2)[1][1]
+    peers = [Peer(bad, torch.clone), Peer(good, torch.clone)]
+    sums = fused(features, weight, bias, target, peers, Objective(distance), chunk=4)
+    slow = reference(features, weight, bias, target, [bad, good], Objective(distance))
+    torch.testing.assert_close(sums.distance, slow[2])
+    (gradient,) = torch.autograd.grad(sums.loss, features)
+    assert gradient.isfinite().all()
+
+
+def test_an_impossible_target_is_not_infinitely_bad():
+    """Far below what a probability can hold; the loss is the difference of the logits all the same."""
+    features, weight = torch.tensor([[200.0]]), torch.tensor([[1.0], [-1.0]])
+    sums = fused(features, weight, None, torch.tensor([1]), [Peer(features, lambda x: x @ weight.T)], Objective("ce"))
+    assert sums.nll.item() == pytest.approx(400.0)
+
+
+def test_no_position_at_all():
+    features, weight, bias, target = tensors(0)
+    features = features[:0].requires_grad_()
+    sums = fused(features, weight, bias, target[:0], [Peer(features.detach(), lambda x: x @ weight.T)], Objective("ce"))
+    sums.loss.backward()
+    assert sums.loss == 0 and features.grad.shape == (0, C)
+
+
+def test_memory_does_not_grow_with_peers_or_positions():
+    """Of logits, one chunk of one peer is alive at a time."""
+    alive = []
+
+    def project(x):
+        assert sum(one() is not None for one in alive) <= 1, "another peer's logits are still held"
+        assert len(x) <= 2, "more than a chunk"
+        logits = x @ peer_weight.T
+        alive.append(weakref.ref(logits))
+        return logits
+
+    features, weight, bias, target = tensors(0)
+    peer_weight = tensors(1)[1]
+    peers = [Peer(features, project) for _ in range(4)]
+    for distance in DISTANCES:
+        fused(features.requires_grad_(), weight, bias, target, peers, Objective(distance), chunk=2)
+    assert len(alive) == len(DISTANCES) * 4 * 4
+
+
+# In models.
+
+
+@pytest.fixture(scope="module")
+def setting(data):
+    return Setting(data, CODISTILL)
+
+
+def both_paths(setting, criterion, sample):
+    """(loss, log, gradients) by the fused and by the whole path."""
+    results = []
+    for layers in (None, {setting.model: None}):
+        if layers is not None:
+            criterion._layers.update(layers)
+        setting.model.zero_grad()
+        loss, _, log = criterion(setting.model, sample)
+        loss.backward()
+        results.append(
+            (loss.detach(), log, {n: p.grad.clone() for n, p in setting.model.named_parameters() if p.grad is not None})
+        )
+    assert criterion._layers[setting.model] is None
+    return results
+
+
+def check_equal(results):
+    (loss, log, gradients), (slow_loss, slow_log, slow_gradients) = results
+    torch.testing.assert_close(loss, slow_loss, rtol=1e-5, atol=1e-4)
+    assert log.keys() == slow_log.keys() and gradients.keys() == slow_gradients.keys()
+    for name in log:
+        torch.testing.assert_close(
+            torch.as_tensor(log[name]).float(), torch.as_tensor(slow_log[name]).float(), rtol=1e-5, atol=1e-4
+        )
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], slow_gradients[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+TRANSFORMER = "--arch transformer --share-all-embeddings --encoder-layers 1 --decoder-layers 1"
+LM = "--task language_modeling --sample-break-mode eos --tokens-per-sample 32"
+FUSED_MODELS = {
+    "transformer_lm": f"{LM} --arch transformer_lm --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --decoder-layers 1 "
+    "--decoder-attention-heads 2",
+    "lstm_lm": f"{LM} --arch lstm_lm --decoder-embed-dim 16 --decoder-hidden-size 16 --decoder-out-embed-dim 16",
+    "lstm": "--arch lstm --encoder-embed-dim 16 --encoder-hidden-size 16 --decoder-embed-dim 16 --decoder-hidden-size 16 "
+    "--decoder-out-embed-dim 16",
+    "fconv": "--arch fconv_iwslt_de_en --encoder-embed-dim 16 --decoder-embed-dim 16 --decoder-out-embed-dim 16 "
+    "--encoder-layers [(16,3)] --decoder-layers [(16,3)]",
+}
+
+
+@pytest.mark.parametrize(
+    "choice", [dict(loss=d, aggregate=a) for d in DISTANCES for a in AGGREGATES] + [dict(loss="kl", temperature=2.0)]
+)
+def test_both_paths_are_one(setting, choice):
+    sample = {**setting.sample, hook.TEACHING: Teaching(0.7, [setting.peer, copy.deepcopy(setting.model)], 2.0)}
+    check_equal(both_paths(setting, setting.criterion(**choice), sample))
+
+
+@pytest.mark.parametrize("name", FUSED_MODELS)
+def test_both_paths_are_one_in(raw, data, tmp_path, name):
+    if "language_modeling" in FUSED_MODELS[name]:
+        data = preprocess(raw, tmp_path / "bin", "--only-source", suffix=".b")
+    other = Setting(data, CODISTILL, model=FUSED_MODELS[name])
+    criterion = other.criterion(loss="ce")
+    results = both_paths(other, criterion, other.teach())
+    check_equal(results)
+    assert isinstance(other.criterion()._output_layers(other.model, other.sample, Teaching(1.0, [other.peer]))[0], nn.Linear)
+
+
+def test_bf16_peers(setting):
+    """The fused path casts what the peers' output layers give."""
+    peer = copy.deepcopy(setting.peer).bfloat16()
+    sample = {**setting.sample, hook.TEACHING: Teaching(1.0, [peer])}
+    (loss, *_), (slow, *_) = both_paths(setting, setting.criterion(loss="ce"), sample)
+    torch.testing.assert_close(loss, slow, rtol=1e-3, atol=1e-3)
+
+
+def rank_gradients(rank, port, find_unused, data, pipe):
+    """One rank of two under torch's DDP: its gradients after two steps, each from zero."""
+    address = f"tcp://127.0.0.1:{port}"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    setting = Setting(data, CODISTILL)
+    criterion, sample = setting.criterion(loss="ce"), setting.dataset.collater(setting.items[rank::2])
+    wrapped = ModuleProxyWrapper(DistributedDataParallel(setting.model, find_unused_parameters=find_unused))
+    for _ in range(2):
+        setting.model.zero_grad()
+        criterion(wrapped, setting.teach(sample))[0].backward()
+    assert criterion._layers[wrapped] is setting.model.decoder.output_projection
+    pipe.send({name: p.grad.numpy() for name, p in setting.model.named_parameters() if p.grad is not None})
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_torch_ddp_averages_the_gradients(data, setting, find_unused):
+    """The loss is made inside the wrapped forward, so no parameter is taken for unused. (legacy_ddp: test_training.)"""
+    if fairseq.__version__ == "0.12.2" and not find_unused:
+        pytest.skip("stock fairseq has parameters that it does not use")
+    port, jobs = free_port(), []
+    for rank in range(2):
+        reading, writing = FORK.Pipe(duplex=False)
+        jobs.append((FORK.Process(target=rank_gradients, args=(rank, port, find_unused, data, writing)), reading))
+        jobs[-1][0].start()
+        writing.close()
+    averaged = [reading.recv() for _, reading in jobs]  # EOFError if a rank has died
+    for process, _ in jobs:
+        process.join()
+    expected = []
+    for rank in range(2):
+        criterion = setting.criterion(loss="ce")
+        criterion._layers[setting.model] = None  # the general path
+        setting.model.zero_grad()
+        criterion(setting.model, setting.teach(setting.dataset.collater(setting.items[rank::2])))[0].backward()
+        expected.append({name: p.grad.clone() for name, p in setting.model.named_parameters() if p.grad is not None})
+    for name in expected[0]:
+        mean = (expected[0][name] + expected[1][name]) / 2
+        for gradients in averaged:
+            torch.testing.assert_close(torch.from_numpy(gradients[name]), mean, rtol=1e-4, atol=1e-4, msg=name)
+
+
+# Where the output layer is.
+
+
+class Model(nn.Module):
+    """Some ways to make logits."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.body, self.out, self.drop = kind, nn.Linear(4, 6), nn.Linear(6, 6), nn.Dropout(0.5)
+
+    def forward(self, x):
+        hidden = self.drop(self.body(x)) + torch.rand(())  # whatever the mode
+        logits = self.out(hidden)
+        if self.kind == "twice":
+            logits = self.out(logits)
+        if self.kind == "changed":
+            logits = logits * 2
+        return (logits, {"attn": None}) if self.kind == "tuple" else logits
+
+
+@pytest.mark.parametrize("kind,found", [("plain", True), ("tuple", True), ("twice", False), ("changed", False)])
+def test_the_output_layer_is_what_makes_the_output(kind, found):
+    model = Model(kind)
+    model.drop.eval()  # a part of a model that somebody has frozen
+    x, state = torch.randn(3, 4), torch.get_rng_state()
+    layer = output_layer(model, {"x": x}, lambda *_: True)
+    assert (layer is model.out) if found else (layer is None)
+    assert output_layer(model, {"x": x}, lambda *_: False) is None
+    assert torch.equal(torch.get_rng_state(), state), "no random number is drawn"
+    assert model.training and not model.drop.training
+    assert not model.out._forward_hooks and "forward" not in vars(model.out)
+
+
+def test_a_layer_is_replaced_only_meanwhile():
+    layer = nn.Linear(2, 3)
+    x = torch.randn(1, 2)
+    with pytest.raises(KeyError), replaced(layer, lambda features: features):
+        assert layer(x) is x
+        raise KeyError
+    assert layer(x).shape == (1, 3)
+
+
+def test_tied_lstm_and_adaptive_softmax_take_the_general_path(raw, tmp_path):
+    data = preprocess(raw, tmp_path / "bin", "--only-source", suffix=".b")
+    for words in ("--arch lstm_lm --share-decoder-input-output-embed --decoder-embed-dim 16 --decoder-out-embed-dim 16",
+                  "--arch transformer_lm --decoder-embed-dim 16 --adaptive-softmax-cutoff 10,20"):  # fmt: skip
+        other = Setting(data, CODISTILL, model=f"{LM} {words}")
+        assert other.criterion()._output_layers(other.model, other.sample, Teaching(1.0, [other.peer])) is None
+        loss, _, log = other.criterion()(other.model, other.teach())
+        assert loss.isfinite() and log["codistill_loss"] > 0

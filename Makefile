@@ -5,11 +5,11 @@ PYTHON ?= python3
 VENV ?= .venv
 
 # What pip is asked for as torch: the tested version unless you say otherwise. For the CUDA build that suits a driver:
-#   make install TORCH="torch==2.9.1 torchaudio==2.9.1 --index-url URL"        (the URL that pytorch.org's selector shows)
+#   make install TORCH="torch==2.9.1 torchaudio==2.9.1 torchvision==0.24.1 --index-url URL"   (as pytorch.org's selector shows)
 # The request is remembered in $(VENV), so that a later `make demo` keeps it. To install beside the torch of an
 # environment that exists already:
 #   make install VENV=path/to/environment TORCH="torch torchaudio"
-TORCH ?= $(shell cat $(VENV)/torch-request 2>/dev/null || echo torch torchaudio -c constraints.txt)
+TORCH ?= $(shell cat $(VENV)/torch-request 2>/dev/null || echo torch torchaudio torchvision -c constraints.txt)
 
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input
 # Commands that the demo and the tests start (fairseq-train, codistill-launch) are found through PATH.

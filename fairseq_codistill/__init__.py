@@ -8,6 +8,7 @@ See these files first: `criterion.py` (the loss), `codistiller.py` (who teaches 
     hook                             ties a codistiller to a fairseq task
     config, criterion                the options and `codistill_ce`
     compat                           fairseq's checkpoints on today's torch
+    image_*, lr_schedules, nesterov  image classification, which knows nothing of codistillation
     launch, report                   the commands; fairseq_log → launch_*, report_* are their parts
 """
 
@@ -22,7 +23,7 @@ __version__ = "0.1.0"
 _COMMANDS = ("codistill-launch", "codistill-report", "-m")
 
 if os.path.basename(sys.argv[0] if sys.argv else "") not in _COMMANDS:
-    from . import compat, criterion  # noqa: F401
+    from . import compat, criterion, image_classification, image_models, lr_schedules, nesterov  # noqa: F401
 
     compat.allow_checkpoint_classes()
     compat.provide_removed_numpy_names()

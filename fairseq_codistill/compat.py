@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib
+import re
+import sys
 import types
 import typing
-from typing import List
+from typing import Any, List
 
 import fairseq
 import numpy
@@ -40,6 +43,49 @@ def avoid_broken_fast_path() -> None:
     if fairseq.__version__ == "0.12.2":
         # Each layer sets this attribute to True for itself; a property of the class has the last word.
         TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)
+
+
+# What torchvision's import asks for where its compiled part cannot be loaded: beside a torch built for CPUs alone.
+_TORCHVISION_OPERATORS = {
+    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+_libraries: List[Any] = []  # an operator lives as long as the object that declared it
+
+
+def load_torchvision() -> Any:
+    """torchvision, also beside a CPU-only torch, where its compiled part does not load: models and transforms need none of it.
+
+    Raises ValueError, in one sentence, where it is not installed or belongs to another torch.
+    """
+    for _ in range(1 + len(_TORCHVISION_OPERATORS)):
+        try:
+            return importlib.import_module("torchvision")
+        except ImportError as error:
+            raise ValueError(
+                "The image task and its models need torchvision, which cannot be imported "
+                f"({error}); did you forget pip install 'fairseq-codistill[image]'?"
+            ) from error
+        except RuntimeError as error:
+            _declare_missing_operator(error)
+    raise AssertionError("each round declares another operator")
+
+
+def _declare_missing_operator(error: RuntimeError) -> None:
+    """Declare the operator that the import missed, without an implementation, and forget what the import left behind."""
+    missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+    schema = _TORCHVISION_OPERATORS.get(missing[1]) if missing else None
+    if schema is None:
+        raise ValueError(
+            f"torchvision cannot be imported beside torch {torch.__version__}: {error}; did you forget to install the "
+            "version of torchvision that belongs to this torch?"
+        ) from error
+    # A fragment, because a torchvision whose compiled part does load declares the whole library.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define(missing[1] + schema)
+    _libraries.append(library)
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
 
 
 def checkpoint_classes() -> List[object]:

@@ -115,6 +115,7 @@ def measure(folder: Path, kind: Kind, args: argparse.Namespace) -> List[Dict[str
         stream = batches(dataset, kind, workers)
         alone = images_per_second(lambda stream=stream: len(next(stream)["target"]), args.seconds)
         both = images_per_second(lambda stream=stream: update(next(stream)), args.seconds)
+        stream.close()  # its workers end before the next ones are forked
         rows.append({"kind": kind.name, "what": "loader alone", "workers": workers, "images_per_second": alone})
         rows.append({"kind": kind.name, "what": "together", "workers": workers, "images_per_second": both})
     return rows

@@ -23,9 +23,9 @@ from step_method import SETTINGS, Method, Setting, Step, write_data
 # What is varied, its values, and what is changed for a value.
 SWEEPS: Dict[str, Tuple[int, ...]] = {
     "peers": (2, 3, 4, 6, 8),
-    "vocabulary": (2000, 8000, 16000, 32000),
-    "tokens": (500, 1000, 2000, 4000),
-    "every": (1, 2, 4, 8),
+    "vocabulary": (2000, 8000, 32000),
+    "tokens": (500, 2000, 4000),
+    "every": (1, 2, 4),
 }
 LABELS = {
     "peers": "number of peers n", "vocabulary": "words in the dictionary, V", "tokens": "tokens in a batch",
@@ -46,18 +46,17 @@ def floor(method: Method) -> float:
     return 1 + (method.peers - 1) / 3 / method.every
 
 
-def measure(sweep: str, value: int, rounds: int) -> Dict[str, float]:
-    """Ratio to cross_entropy of each precision: median and quartiles; and the floor."""
-    row: Dict[str, float] = {"value": value}
-    with tempfile.TemporaryDirectory() as folder:
-        setting, method = point(sweep, value, DTYPES[0])
-        data = write_data(setting, Path(folder) / "data")
-        steps = {"cross_entropy": Step(setting, Method("cross_entropy"), data)}
-        steps.update({dtype: Step(setting, method._replace(dtype=dtype), data) for dtype in DTYPES})
-        table = step.ratios(step.measure(steps, rounds, max(2, method.every), warm_up=2), "cross_entropy")
-    row["floor"] = floor(method)
+def measure(sweep: str, value: int, rounds: int, folder: Path) -> Dict[str, float]:
+    """Ratio to cross_entropy of each precision: median and quartiles; and the floor. `folder`: for data, made once."""
+    setting, method = point(sweep, value, DTYPES[0])
+    place = folder / str(setting.vocabulary)
+    data = place / "bin" if place.exists() else write_data(setting, place)
+    steps = {"cross_entropy": Step(setting, Method("cross_entropy"), data)}
+    steps.update({dtype: Step(setting, method._replace(dtype=dtype), data) for dtype in DTYPES})
+    ratios = step.ratios(step.measure(steps, rounds, max(2, method.every), warm_up=2), "cross_entropy")
+    row: Dict[str, float] = {"value": value, "floor": floor(method)}
     for dtype in DTYPES:
-        row.update({f"{dtype}_{name}": number for name, number in table[dtype].items()})
+        row.update({f"{dtype}_{name}": number for name, number in ratios[dtype].items()})
     return row
 
 
@@ -101,16 +100,21 @@ def table(results: Dict[str, List[Dict[str, float]]]) -> List[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for scaling.json, scaling.md and scaling.png")
-    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="others are kept as they are there")
+    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--go-on", action="store_true", help="keep the points that are in --out already")
     args = parser.parse_args()
     step.quiet()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "scaling.json"
-    results = json.loads(file.read_text())["ratios"] if file.exists() else {}
-    for sweep in args.sweeps:
-        results[sweep] = [measure(sweep, value, args.rounds) for value in SWEEPS[sweep]]
-        file.write_text(json.dumps({"machine": step.machine(), "ratios": results}, indent=1) + "\n")
+    results = json.loads(file.read_text())["ratios"] if args.go_on and file.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.sweeps:
+            rows = results.setdefault(name, [])
+            for value in SWEEPS[name]:
+                if all(row["value"] != value for row in rows):
+                    rows.append(measure(name, value, args.rounds, Path(folder)))
+                    file.write_text(json.dumps({"machine": step.machine(), "ratios": results}, indent=1) + "\n")
     results = {sweep: results[sweep] for sweep in SWEEPS if sweep in results}
     lines = [f"Step time over that of cross_entropy; {step.machine()}", "", *table(results)]
     (args.out / "scaling.md").write_text("\n".join(lines) + "\n")

@@ -15,6 +15,7 @@ from typing import Callable, List, TypeVar
 
 BLOCK_ITEMS = 5000  # for some tenths of a second of work, about 2 MB of text
 AHEAD = 3  # blocks for each worker that are under way or wait to be fetched
+_KILLED = "a worker process was killed. Was the memory short? Then try fewer --jobs"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -56,10 +57,19 @@ def _map_in_processes(function: Callable[[List[Item]], Result], blocks: Iterable
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise RuntimeError("a worker process was killed. Was the memory short? Then try fewer --jobs") from error
+            raise RuntimeError(_KILLED) from error
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def run_apart(function: Callable[..., Result], *arguments: object) -> Result:
+    """``function(*arguments)`` in a process of its own, whose memory goes back to the system when it ends."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(_KILLED) from error
 
 
 def _start_worker() -> None:

@@ -15,7 +15,7 @@ import parallel_text
 import subwords
 import texts
 from archives import gather
-from blocks import map_blocks
+from blocks import map_blocks, run_apart
 from corpora import Corpus, Part
 from moses import NO_EMPTY_SIDE, Cleaning, Treatment
 from splits import split_by_sentence
@@ -23,6 +23,7 @@ from texts import Pair
 from tqdm import tqdm
 
 Row = Tuple[str, ...]  # source and target as they were, if that is wanted, then source and target as the subwords get them
+LEARNED_HERE = 20_000_000  # bytes of training text; subwords of more are learned in a process of their own
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,15 @@ def _check_not_empty(counts: Dict[str, Counter]) -> None:
 def learn_subwords(corpus: Corpus, settings: Settings, tokens: Path, out: Path, jobs: int) -> Dict[str, object]:
     """One model for both languages, from the training pairs only: anything else would leak the test sets."""
     paths = [tokens / f"train.{language}" for language in corpus.languages]
+    size = sum(path.stat().st_size for path in paths)
+    if size < LEARNED_HERE:
+        return learn_from(paths, settings, out, jobs)
+    # The allocator would keep the gigabytes of a large text while the later stages want theirs.
+    return run_apart(learn_from, paths, settings, out, jobs)
+
+
+def learn_from(paths: List[Path], settings: Settings, out: Path, jobs: int) -> Dict[str, object]:
+    """The model of all lines of ``paths``, in ``out``."""
     if settings.pieces == "sentencepiece":
         characters = sum(path.stat().st_size for path in paths)
         path = out / subwords.SENTENCEPIECE_FILE

@@ -67,8 +67,8 @@ def test_imagenet_is_the_papers(method, regularisation, epochs, warmup, mileston
     else:
         assert "--weight-decays" not in words
     if method == "codistill":
-        names = ("interval", "loss", "alpha", "alpha-schedule", "milestones")
-        assert [option(words, f"--codistill-{name}") for name in names] == ["2500", "mse", "1.0", "stepwise", milestones]
+        names = ("interval", "burn-in", "loss", "alpha", "alpha-schedule", "milestones")
+        assert [option(words, f"--codistill-{name}") for name in names] == ["2500", "0", "mse", "1.0", "stepwise", milestones]
         assert option(words, "--peers") == "2"
     else:
         assert option(words, "--criterion") == "cross_entropy" and option(words, "--peers") == "1"

@@ -83,9 +83,10 @@ def test_it_teaches_by_both_paths(setting):
     assert criterion._layers[setting.model] is setting.model.decoder.output_projection
     criterion._layers[setting.model] = None
     slow, _, slow_log = criterion(setting.model, sample)
-    torch.testing.assert_close(loss, slow)
+    close = {"rtol": 1e-4, "atol": 0.0}  # the peer's logits are bf16, whose last bit depends on the size of the product
+    torch.testing.assert_close(loss, slow, **close)
     whole = criterion(setting.model, setting.teach())[2]["codistill_loss"]
-    torch.testing.assert_close(log["codistill_loss"], slow_log["codistill_loss"])
+    torch.testing.assert_close(log["codistill_loss"], slow_log["codistill_loss"], **close)
     torch.testing.assert_close(log["codistill_loss"], whole, rtol=0.01, atol=0.0)
 
 

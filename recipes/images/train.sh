@@ -14,7 +14,7 @@ read_settings() {
     EPOCHS="${EPOCHS:-90}" BATCH="${BATCH:-256}" LR="${LR:-0.1}" WEIGHT_DECAY="${WEIGHT_DECAY:-1e-4}" FRACTION="${FRACTION:-1}"
     WARMUP_LR="${WARMUP_LR:-$LR}" SCHEDULE="${SCHEDULE:-multistep}"
     DISTANCE="${DISTANCE:-mse}" ALPHA="${ALPHA:-1.0}" ALPHA_SCHEDULE="${ALPHA_SCHEDULE:-stepwise}"
-    INTERVAL="${INTERVAL:-2500}" SYNC="${SYNC:-1}" WAIT="${WAIT:-0}" WIRE="${WIRE:-fp32}"
+    BURN_IN="${BURN_IN:-0}" INTERVAL="${INTERVAL:-2500}" SYNC="${SYNC:-1}" WAIT="${WAIT:-0}" WIRE="${WIRE:-fp32}"
     ARCH="${ARCH:-resnet50}" AUGMENTATION="${AUGMENTATION:-imagenet}" IMAGE_SIZE="${IMAGE_SIZE:-224}"
     VALIDATE="${VALIDATE:-5000}" WORKERS="${WORKERS:-4}"
     CPU="${CPU:-0}" GPUS_PER_PEER="${GPUS_PER_PEER:-1}" DRY_RUN="${DRY_RUN:-0}"
@@ -48,7 +48,7 @@ choose_objective() {
         jobs="$PEERS"
         objective=(--criterion codistill_ce --codistill-interval "$INTERVAL" --codistill-loss "$DISTANCE"
             --codistill-alpha "$ALPHA" --codistill-alpha-schedule "$ALPHA_SCHEDULE" --codistill-wait "$WAIT"
-            --codistill-wire-dtype "$WIRE")
+            --codistill-wire-dtype "$WIRE" --codistill-burn-in "$BURN_IN")
         [[ "$SYNC" == 0 ]] || objective+=(--codistill-sync)
         ;;
     all_reduce) update_freq="$PEERS" share=1 ;;

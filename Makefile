@@ -47,6 +47,9 @@ benchmark: install
 	$(IN_VENV) python benchmarks/simulate.py --sweep benchmarks/results/simulation
 	$(IN_VENV) python benchmarks/fuzz_snapshots.py --examples 2200 --seed 1
 	$(IN_VENV) python benchmarks/kill_while_publishing.py --kills 200 --seed 1
+	$(IN_VENV) python benchmarks/step.py --out benchmarks/results/step/latest.json
+	$(IN_VENV) python benchmarks/step.py --setting transformer_big
+	$(IN_VENV) python benchmarks/step_scaling.py --out benchmarks/results/step
 	rm -rf $(BENCHMARKS)/exchange_speed
 	$(IN_VENV) python benchmarks/exchange_speed.py --out $(BENCHMARKS)/exchange_speed --results benchmarks/results/exchange_speed
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from . import launch_status
+from . import launch_checkpoint, launch_status
 from .launch_peer import Peer
 from .launch_plan import PeerPlan, Plan, make_plan
 from .launch_progress import last_lines
@@ -135,7 +135,7 @@ class Supervisor:
                 for note in self.plan.notes:
                     self.view.tell(f"note: {note}")
                 for peer in self.peers:
-                    peer.start()
+                    self._start(peer)
                     self.view.tell(f"{peer.name}: {_resources(peer.plan)}, log {peer.plan.log}")
                 while any(peer.status is None for peer in self.peers):
                     self.view.update(self.peers)
@@ -151,6 +151,13 @@ class Supervisor:
                 for peer in self.peers:
                     peer.kill()
         return self.first_failure if self.stop_signal is None else 128 + self.stop_signal
+
+    def _start(self, peer: Peer) -> None:
+        with contextlib.suppress(OSError):  # what cannot be mended the peer itself reports
+            mended = peer.plan.save_dir and launch_checkpoint.mend(peer.plan.save_dir)
+            if mended:
+                self.view.tell(f"{peer.name}: {mended}")
+        peer.start()
 
     def _on_signal(self, number: int) -> None:
         now = time.monotonic()
@@ -179,7 +186,7 @@ class Supervisor:
             peer.restarts += 1
             report.append(f"{peer.name} is started again: restart {peer.restarts} of {self.plan.max_restarts}.")
             self.view.tell("\n".join(report), is_error=True)
-            peer.start()
+            self._start(peer)
             return
         self.first_failure = self.first_failure or peer.status
         others = "; the other peers go on" if any(other.status is None for other in self.peers) else ""

@@ -16,12 +16,13 @@ SEED_STEP = 10_000_000  # fairseq seeds update u with seed + u: peers this far a
 
 @dataclass
 class PeerPlan:
-    """What one peer runs: its command, what is added to its environment, and its log."""
+    """What one peer runs: its command, what is added to its environment, its log, and where it goes on from."""
 
     index: int
     command: list[str]
     environ: dict[str, str]
     log: str
+    save_dir: Optional[str] = None  # holds the checkpoint that it starts from; None where the command says otherwise
 
 
 @dataclass
@@ -43,7 +44,7 @@ class FairseqCommand:
     GROUPS = {
         **dict.fromkeys(("seed", "log-format", "reset-logging"), "common"),
         **dict.fromkeys(("distributed-init-method", "distributed-port"), "distributed_training"),
-        "save-dir": "checkpoint",
+        **dict.fromkeys(("save-dir", "restore-file"), "checkpoint"),
     }  # fairseq's group of each option; all others here are the criterion's
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -118,7 +119,8 @@ def make_plan(options: argparse.Namespace, environ: Mapping[str, str]) -> Plan:
         own = {**shared, "CODISTILL_PEER": str(i)}
         if gpus[i] or asked == 0:
             own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[i])
-        plan.peers.append(PeerPlan(i, command.words, own, os.path.join(run_dir, f"peer{i}", "train.log")))
+        own_dir = command.get("save-dir") if command.is_training and command.get("restore-file") is None else None
+        plan.peers.append(PeerPlan(i, command.words, own, os.path.join(run_dir, f"peer{i}", "train.log"), own_dir))
     return plan
 
 

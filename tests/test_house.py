@@ -35,11 +35,12 @@ LAYERS = {
     },  # fmt: skip
     "fairseq_log": set(),
     "launch_plan": set(),
+    "launch_checkpoint": set(),
     "launch_progress": {"fairseq_log"},
     "launch_peer": {"launch_plan", "launch_progress"},
     "launch_view": {"launch_peer", "launch_plan"},
     "launch_status": {"launch_view", "manifest", "observer", "stores"},
-    "launch": {"launch_peer", "launch_plan", "launch_progress", "launch_status", "launch_view"},
+    "launch": {"launch_checkpoint", "launch_peer", "launch_plan", "launch_progress", "launch_status", "launch_view"},
     "report_log": {"fairseq_log"},
     "report_summary": {"fairseq_log", "report_log"},
     "report_notes": {"fairseq_log", "report_log", "report_summary"},

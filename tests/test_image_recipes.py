@@ -315,7 +315,7 @@ def test_a_sweep_ends_on_sigterm(tmp_path):
     try:
         assert (tmp_path / "started").read_text() == "a\n"  # waits for the writer
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 130
+        assert process.wait(60) == 143
         assert not (tmp_path / "out/b/seed1/sweep.log").exists(), "the second is not begun"
     finally:
         process.kill()

@@ -11,6 +11,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -25,7 +26,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill import launch, launch_plan, launch_progress, launch_view
+from fairseq_codistill import launch, launch_checkpoint, launch_plan, launch_progress, launch_view
 
 # As the console command does it; the second argument says whether to take the terminal at stdin as one's own.
 LAUNCH = """
@@ -429,6 +430,60 @@ def test_restarts(programs, tmp_path: Path, capsys, allowed: int, status: int, s
     assert re.findall(r"^(?:attempt|=== .* restart) (\d)", log, re.M) == [str(n) for n in range(starts) for _ in "xx"]
     assert out.count(f"restart 1 of {allowed}.") == min(allowed, 1)
     assert out.count("peer1 is not started again") == (status != 0)
+
+
+def torn_checkpoint(folder: Path, size: int) -> Path:
+    """A whole checkpoint of update 10, an older one, and a `checkpoint_last.pt` of which only `size` bytes were written."""
+    folder.mkdir(parents=True)
+    for update, age in (("1_10", 10), ("1_5", 20), ("best", 20)):
+        torch.save({"update": update}, folder / f"checkpoint_{update}.pt")
+        os.utime(folder / f"checkpoint_{update}.pt", (time.time() - age,) * 2)
+    last = folder / "checkpoint_last.pt"
+    last.write_bytes((folder / "checkpoint_1_10.pt").read_bytes()[:size])
+    return last
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 500, -1])
+def test_a_torn_checkpoint_is_set_aside(programs, tmp_path: Path, capsys, size: int) -> None:
+    last = torn_checkpoint(tmp_path / "X" / "peer1", size)
+    torn = last.read_bytes()
+    assert launch.main("--peers 2 -- fairseq-train D --save-dir X".split()) == 0
+    assert torch.load(last) == {"update": "1_10"}, "the newest whole one"
+    assert (last.parent / "checkpoint_last.pt.torn").read_bytes() == torn, "nothing is lost"
+    assert "checkpoint_last.pt.torn; the training goes on from checkpoint_1_10.pt." in capsys.readouterr().out
+
+
+def test_a_torn_checkpoint_before_a_restart(programs, tmp_path: Path, capsys) -> None:
+    last = torn_checkpoint(tmp_path / "X" / "peer0", 500)
+    shutil.copyfile(last.parent / "checkpoint_1_10.pt", last)
+    programs(f"if restart == 0: os.truncate({str(last)!r}, 700); sys.exit(1)")
+    assert launch.main("--peers 1 --max-restarts 1 -- fairseq-train D --save-dir X".split()) == 0
+    assert torch.load(last) == {"update": "1_10"}
+    assert "goes on from checkpoint_1_10.pt" in capsys.readouterr().out
+
+
+def test_without_another_checkpoint_the_training_begins_anew(tmp_path: Path, capsys) -> None:
+    last = torn_checkpoint(tmp_path / "X", 500)
+    for other in last.parent.glob("checkpoint_*[05t].pt"):
+        if other != last:
+            other.unlink()
+    assert launch_checkpoint.main([str(last.parent)]) == 0
+    assert "begins anew" in capsys.readouterr().out and not last.exists()
+
+
+@pytest.mark.parametrize("content", [None, b"\x80\x02pickle of an old torch"], ids=["whole", "another format"])
+def test_other_checkpoints_are_left_alone(tmp_path: Path, capsys, content) -> None:
+    last = torn_checkpoint(tmp_path / "X", 500)
+    last.write_bytes(content or (last.parent / "checkpoint_1_5.pt").read_bytes())
+    before = last.read_bytes()
+    assert launch_checkpoint.main([str(last.parent), str(tmp_path / "nothing there")]) == 0
+    assert last.read_bytes() == before and not capsys.readouterr().out
+
+
+def test_a_checkpoint_that_the_command_names_is_left_alone(programs, tmp_path: Path) -> None:
+    last = torn_checkpoint(tmp_path / "X" / "peer0", 500)
+    assert launch.main("--peers 1 -- fairseq-train D --save-dir X --restore-file other.pt".split()) == 0
+    assert last.stat().st_size == 500
 
 
 def test_status_is_the_first_failures_and_a_signals_is_128_more(programs, tmp_path: Path, capsys) -> None:

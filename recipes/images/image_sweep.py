@@ -111,10 +111,10 @@ class Pool:
 
     def __init__(self, recipe: Path, data: Path, out: Path, jobs: int) -> None:
         self.recipe, self.data, self.out = recipe, data, out
-        self.stopping = False
+        self.stopped_by = 0  # the number of the signal
         self._slots = Slots(jobs)
         self._live: set = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a second signal may come while `stop` holds it
 
     def work(self, run: Run) -> str:
         """Train and score one run; returns what went wrong, in one line, or nothing."""
@@ -135,7 +135,7 @@ class Pool:
         environment = {**os.environ, **run.own, "NAME": run.name, "SEED": str(run.seed)}
         environment.update(DATA=str(self.data), OUT=str(self.out))
         with self._lock:
-            if self.stopping:
+            if self.stopped_by:
                 return -signal.SIGTERM
             with open(run.folder(self.out) / "sweep.log", "ab") as log:
                 process = subprocess.Popen(
@@ -147,13 +147,26 @@ class Pool:
             self._live.discard(process)
         return status
 
-    def stop(self) -> None:
-        """Ask every script and what it started to end; codistill-launch passes it on to its peers."""
+    def stop(self, number: int, frame: object = None) -> None:
+        """A handler of signals: begin nothing more, ask every script to end; codistill-launch passes it on to its peers.
+
+        It raises nothing: an exception could come before the first run is waited for, and nobody would be told to end.
+        """
         with self._lock:
-            self.stopping = True
+            self.stopped_by = self.stopped_by or number
             for process in self._live:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def stopped_by_signals(self):
+        """SIGTERM and SIGINT `stop` this pool, also where a shell has started us in the background, deaf to SIGINT."""
+        before = {number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def sweep(runs: Sequence[Run], pool: Pool) -> Dict[Run, str]:
@@ -162,16 +175,13 @@ def sweep(runs: Sequence[Run], pool: Pool) -> Dict[Run, str]:
     began = time.monotonic()
     with ThreadPoolExecutor(max(1, len(runs))) as executor:
         futures = {executor.submit(pool.work, run): run for run in runs}
-        try:
-            for count, future in enumerate(as_completed(futures), 1):
-                run, error = futures[future], future.result()
-                if error:
-                    failed[run] = error
+        for count, future in enumerate(as_completed(futures), 1):
+            run, error = futures[future], future.result()
+            if error:
+                failed[run] = error
+            if not pool.stopped_by:
                 so_far = f"[{count}/{len(runs)}, {(time.monotonic() - began) / 60:.1f} min]"
                 print(f"{so_far} {run.name} seed {run.seed}: {error or 'done'}", flush=True)
-        except KeyboardInterrupt:
-            pool.stop()
-            raise
     return failed
 
 
@@ -203,10 +213,6 @@ def _without_paths(text: str, pool: Pool) -> str:
     return text
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", type=Path, required=True, help="folder with train.sh and runs.txt")
@@ -226,12 +232,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"image_sweep.py: {error}", file=sys.stderr)
         return 2
     pool = Pool(args.recipe.resolve(), args.data.resolve(), args.out.resolve(), max(1, args.jobs))
-    for number in (signal.SIGTERM, signal.SIGINT):  # also where a shell has started us in the background, deaf to SIGINT
-        signal.signal(number, _interrupt)
-    try:
+    with pool.stopped_by_signals():
         failed = sweep(runs, pool) if args.jobs else {}
-    except KeyboardInterrupt:
-        return 130
+    if pool.stopped_by:
+        return 128 + pool.stopped_by
     if args.results:
         print(f"{args.results}: {collect(runs, pool, args.results)} files")
     return 1 if failed else 0

@@ -81,9 +81,9 @@ class Pool:
 
     def __init__(self, recipe: Path, data: Path, out: Path, scripts: Sequence[str]) -> None:
         self.recipe, self.data, self.out, self.scripts = recipe, data, out, scripts
-        self.stopping = False
+        self.stopped_by = 0  # the number of the signal
         self._live: set[subprocess.Popen] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a second signal may come while `stop` holds it
 
     def work(self, run: Run) -> str:
         """Train and score one run; returns what went wrong, in one line, or nothing."""
@@ -99,7 +99,7 @@ class Pool:
         environment = run.environment(self.data, self.out)
         with open(run.folder(self.out) / "sweep.log", "ab") as log:
             with self._lock:
-                if self.stopping:
+                if self.stopped_by:
                     return -signal.SIGTERM
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -110,13 +110,26 @@ class Pool:
             self._live.discard(process)
         return status
 
-    def stop(self) -> None:
-        """Ask every script and what it started to end; codistill-launch passes it on to its peers."""
+    def stop(self, number: int, frame: object = None) -> None:
+        """A handler of signals: begin nothing more, ask every script to end; codistill-launch passes it on to its peers.
+
+        It raises nothing: an exception could come before the first run is waited for, and nobody would be told to end.
+        """
         with self._lock:
-            self.stopping = True
+            self.stopped_by = self.stopped_by or number
             for process in self._live:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def stopped_by_signals(self):
+        """SIGTERM and SIGINT `stop` this pool, also where a shell has started us in the background, deaf to SIGINT."""
+        before = {number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def sweep(runs: Sequence[Run], pool: Pool, jobs: int) -> dict[Run, str]:
@@ -125,16 +138,13 @@ def sweep(runs: Sequence[Run], pool: Pool, jobs: int) -> dict[Run, str]:
     began = time.monotonic()
     with ThreadPoolExecutor(jobs) as executor:
         futures = {executor.submit(pool.work, run): run for run in runs}
-        try:
-            for count, future in enumerate(as_completed(futures), 1):
-                run, error = futures[future], future.result()
-                if error:
-                    failed[run] = error
+        for count, future in enumerate(as_completed(futures), 1):
+            run, error = futures[future], future.result()
+            if error:
+                failed[run] = error
+            if not pool.stopped_by:
                 so_far = f"[{count}/{len(runs)}, {(time.monotonic() - began) / 60:.1f} min]"
                 print(f"{so_far} {run.name} seed {run.seed}: {error or 'done'}", flush=True)
-        except KeyboardInterrupt:
-            pool.stop()
-            raise
     return failed
 
 
@@ -214,18 +224,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     scripts = ["train.sh"] if args.no_evaluate else ["train.sh", "evaluate.sh"]
     pool = Pool(args.recipe.resolve(), args.data.resolve(), args.out.resolve(), scripts)
-    stopped_by = [signal.SIGINT]
-
-    def stop(number: int, frame: object) -> None:
-        stopped_by[0] = signal.Signals(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
+    with pool.stopped_by_signals():
         failed = sweep(runs, pool, args.jobs)
-    except KeyboardInterrupt:
+    if pool.stopped_by:
         print("stopped; the same command goes on from the last checkpoints", flush=True)
-        return 128 + stopped_by[0]
+        return 128 + pool.stopped_by
     if args.results:
         print(f"{args.results}: {collect(runs, pool, args.results)} files")
     return 1 if failed else 0

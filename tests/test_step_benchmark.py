@@ -40,6 +40,7 @@ def test_methods_that_are_not(text):
 
 
 def test_it_trains_what_it_says(tiny):
+    pytest.importorskip("fairseq.criterions.label_smoothed_cross_entropy_with_rdrop")  # not in stock 0.12.2
     methods = ("cross_entropy", "codistill_ce:3:ce:bf16:2", "rdrop")
     steps = {text: Step(TINY, Method.parse(text), tiny) for text in methods}
     assert len(steps["cross_entropy"].trainer.task.target_dictionary) == 64

@@ -341,6 +341,7 @@ def test_hydra_train(data, tmp_path, precision):
         assert len(taught(log.replace("[train_inner][INFO] - ", "| train_inner | "))) == 2, log[-2000:]
 
 
+# base_layers: stock fairseq asks whether it is above 0 before a checkpoint, but its default does not reach a config.
 HYDRA = """
 # @package _group_
 common: {cpu: true, log_format: json, log_interval: 1}
@@ -351,6 +352,6 @@ optimization: {max_update: 6, lr: [0.003]}
 optimizer: {_name: adam}
 lr_scheduler: {_name: fixed}
 model: {_name: transformer, encoder: {embed_dim: 32, ffn_embed_dim: 64, layers: 1, attention_heads: 2},
-  decoder: {embed_dim: 32, ffn_embed_dim: 64, layers: 1, attention_heads: 2}}
+  decoder: {embed_dim: 32, ffn_embed_dim: 64, layers: 1, attention_heads: 2}, base_layers: 0}
 checkpoint: {no_epoch_checkpoints: true}
 """

@@ -23,8 +23,10 @@ from fairseq_codistill.snapshot import Buffer, tensors_of
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import alternating_train  # noqa: E402
 import communication  # noqa: E402
 import communication_run  # noqa: E402
+import exchange_speed  # noqa: E402
 import model_size  # noqa: E402
 import run_log  # noqa: E402
 import simulate  # noqa: E402
@@ -189,6 +191,18 @@ def test_the_readmes_tables_are_what_the_command_prints(capsys):
     assert len(rows) == 2 * (2 + 8)
     for row in rows:
         assert row in README
+
+
+# ---------------------------------------------------------------- the speed of an exchange
+
+
+def test_an_exchange_is_compared_with_its_neighbours():
+    """Intervals of 10 updates: the first three do not count; with an exchange they take 25 and 50 s; the machine slows down."""
+    seconds = [10.0, 10.0, 99.0, 20.0, 25.0, 20.0, 50.0, 60.0, 1.0]
+    begins = [sum(seconds[:i]) for i in range(len(seconds) + 1)]
+    assert exchange_speed.ratios({10 * i: begin for i, begin in enumerate(begins)}, 10) == pytest.approx([0.8, 0.8])
+    counted = [update for update in range(0, 70, 10) if alternating_train.exchanges(update, 10)]
+    assert counted == [0, 20, 40, 60]
 
 
 # ---------------------------------------------------------------- bytes by log

@@ -18,6 +18,10 @@ IN_VENV := PATH="$(abspath $(VENV))/bin:$$PATH"
 # Where `make benchmark` and `make soak` put data and runs; their tables and figures go to benchmarks/results.
 BENCHMARKS ?= benchmark-runs
 
+# Files of tests at a time: many a test waits for processes that start.
+WORKERS ?= 2
+PYTEST := python -m pytest -q -n $(WORKERS) --dist loadfile
+
 .PHONY: help install demo test lint benchmark soak test-legacy clean FORCE
 .DELETE_ON_ERROR:
 
@@ -37,7 +41,7 @@ demo: install
 	@$(IN_VENV) bash recipes/demo/run.sh
 
 test: install
-	$(IN_VENV) python -m pytest -q $(TESTS)
+	$(IN_VENV) $(PYTEST) $(TESTS)
 
 lint: install
 	$(IN_VENV) ruff check .
@@ -95,7 +99,7 @@ LEGACY_PYTHON ?= $(shell for p in python3.9 python3.10 $(wildcard $(HOME)/.pyenv
 LEGACY_PIP := .venv-legacy/bin/python -m pip install --disable-pip-version-check --no-input
 
 test-legacy: .venv-legacy/.installed
-	PATH="$(CURDIR)/.venv-legacy/bin:$$PATH" python -m pytest -q $(TESTS)
+	PATH="$(CURDIR)/.venv-legacy/bin:$$PATH" $(PYTEST) $(TESTS)
 
 .venv-legacy/.installed: setup.py
 	@test -n '$(LEGACY_PYTHON)' || { echo >&2 \

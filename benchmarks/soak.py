@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import signal
@@ -183,7 +184,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for data and runs; must not exist yet")
     parser.add_argument("--results", type=Path, help="write soak.txt, soak.json and soak.png here")
     parser.add_argument("--peers", type=int, default=4)
-    parser.add_argument("--updates", type=int, default=2500)
+    parser.add_argument("--updates", type=int, default=7000)
     parser.add_argument("--interval", type=int, default=50)
     parser.add_argument("--save", type=int, default=100, help="updates between checkpoints")
     parser.add_argument(
@@ -196,6 +197,7 @@ def main() -> int:
     if args.out.exists():
         parser.error(f"--out must not exist yet, but {args.out} does")
     args.out.mkdir(parents=True)
+    logging.disable(logging.INFO)  # with fairseq imported, matplotlib tells of every font
     prepare = [sys.executable, ROOT / "recipes/demo/prepare.py", "--out", args.out / "data", "--train-pairs", args.pairs]
     subprocess.run([*map(str, prepare), "--vocab", "500"], check=True, stdout=subprocess.DEVNULL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -13,18 +13,17 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))
+
+from sweeping import Scripts, sweep  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -106,83 +105,30 @@ class Slots:
                 self._changed.notify_all()
 
 
-class Pool:
-    """Runs the scripts, each in a process group of its own, so that all can be stopped together."""
+class Pool(Scripts):
+    """Trains and scores runs, as many jobs at a time as there are slots."""
 
     def __init__(self, recipe: Path, data: Path, out: Path, jobs: int) -> None:
+        super().__init__()
         self.recipe, self.data, self.out = recipe, data, out
-        self.stopped_by = 0  # the number of the signal
         self._slots = Slots(jobs)
-        self._live: set = set()
-        self._lock = threading.RLock()  # a second signal may come while `stop` holds it
 
     def work(self, run: Run) -> str:
         """Train and score one run; returns what went wrong, in one line, or nothing."""
         folder = run.folder(self.out)
         folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **run.own, "NAME": run.name, "SEED": str(run.seed)}
+        environment.update(DATA=str(self.data), OUT=str(self.out))
         cpu = ["--cpu"] if os.environ.get("CPU", run.own.get("CPU", "1")) != "0" else []
         score = [sys.executable, HERE / "evaluate.py", folder, "--data", self.data, *cpu]
         with self._slots.taken(run.jobs):
             steps = [] if (folder / "finished").exists() else [["bash", self.recipe / "train.sh"]]
             steps += [] if (folder / "scores.json").exists() else [score]
             for step in steps:
-                status = self._call([str(word) for word in step], run)
+                status = self.run(step, environment, folder / "sweep.log")
                 if status:
                     return f"{Path(step[1]).name} ended with status {status}, see {folder / 'sweep.log'}"
         return ""
-
-    def _call(self, command: List[str], run: Run) -> int:
-        environment = {**os.environ, **run.own, "NAME": run.name, "SEED": str(run.seed)}
-        environment.update(DATA=str(self.data), OUT=str(self.out))
-        with self._lock:
-            if self.stopped_by:
-                return -signal.SIGTERM
-            with open(run.folder(self.out) / "sweep.log", "ab") as log:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-                )
-            self._live.add(process)
-        status = process.wait()
-        with self._lock:
-            self._live.discard(process)
-        return status
-
-    def stop(self, number: int, frame: object = None) -> None:
-        """A handler of signals: begin nothing more, ask every script to end; codistill-launch passes it on to its peers.
-
-        It raises nothing: an exception could come before the first run is waited for, and nobody would be told to end.
-        """
-        with self._lock:
-            self.stopped_by = self.stopped_by or number
-            for process in self._live:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
-
-    @contextlib.contextmanager
-    def stopped_by_signals(self):
-        """SIGTERM and SIGINT `stop` this pool, also where a shell has started us in the background, deaf to SIGINT."""
-        before = {number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def sweep(runs: Sequence[Run], pool: Pool) -> Dict[Run, str]:
-    """Work through ``runs``; returns those that failed and why."""
-    failed: Dict[Run, str] = {}
-    began = time.monotonic()
-    with ThreadPoolExecutor(max(1, len(runs))) as executor:
-        futures = {executor.submit(pool.work, run): run for run in runs}
-        for count, future in enumerate(as_completed(futures), 1):
-            run, error = futures[future], future.result()
-            if error:
-                failed[run] = error
-            if not pool.stopped_by:
-                so_far = f"[{count}/{len(runs)}, {(time.monotonic() - began) / 60:.1f} min]"
-                print(f"{so_far} {run.name} seed {run.seed}: {error or 'done'}", flush=True)
-    return failed
 
 
 def collect(runs: Sequence[Run], pool: Pool, results: Path) -> int:
@@ -233,7 +179,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     pool = Pool(args.recipe.resolve(), args.data.resolve(), args.out.resolve(), max(1, args.jobs))
     with pool.stopped_by_signals():
-        failed = sweep(runs, pool) if args.jobs else {}
+        failed = sweep(runs, pool, max(1, len(runs))) if args.jobs else {}
     if pool.stopped_by:
         return 128 + pool.stopped_by
     if args.results:

@@ -9,25 +9,23 @@ Stopped by Ctrl-C, SIGTERM or worse, the same command goes on where it was: what
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gzip
 import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))
+
+from sweeping import Scripts, sweep  # noqa: E402
+
 LARGE_LOG_BYTES = 200_000
 
 
@@ -76,76 +74,23 @@ def read_runs(path: Path, seeds: Sequence[int], only: Sequence[str]) -> list[Run
     return [Run(name, seed, lines[name]) for seed in seeds for name in lines if not only or name in only]
 
 
-class Pool:
-    """Runs a recipe's scripts, each in a process group of its own, so that all can be stopped together."""
+class Pool(Scripts):
+    """Runs a recipe's scripts for each run, one after another."""
 
     def __init__(self, recipe: Path, data: Path, out: Path, scripts: Sequence[str]) -> None:
+        super().__init__()
         self.recipe, self.data, self.out, self.scripts = recipe, data, out, scripts
-        self.stopped_by = 0  # the number of the signal
-        self._live: set[subprocess.Popen] = set()
-        self._lock = threading.RLock()  # a second signal may come while `stop` holds it
 
     def work(self, run: Run) -> str:
         """Train and score one run; returns what went wrong, in one line, or nothing."""
         folder = run.folder(self.out)
         folder.mkdir(parents=True, exist_ok=True)
         for script in self.scripts:
-            status = self._call(["bash", str(self.recipe / script)] + [str(folder)] * (script == "evaluate.sh"), run)
+            command = ["bash", self.recipe / script] + [folder] * (script == "evaluate.sh")
+            status = self.run(command, run.environment(self.data, self.out), folder / "sweep.log")
             if status:
                 return f"{script} ended with status {status}, see {folder / 'sweep.log'}"
         return ""
-
-    def _call(self, command: list[str], run: Run) -> int:
-        environment = run.environment(self.data, self.out)
-        with open(run.folder(self.out) / "sweep.log", "ab") as log:
-            with self._lock:
-                if self.stopped_by:
-                    return -signal.SIGTERM
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-                )
-                self._live.add(process)
-            status = process.wait()
-        with self._lock:
-            self._live.discard(process)
-        return status
-
-    def stop(self, number: int, frame: object = None) -> None:
-        """A handler of signals: begin nothing more, ask every script to end; codistill-launch passes it on to its peers.
-
-        It raises nothing: an exception could come before the first run is waited for, and nobody would be told to end.
-        """
-        with self._lock:
-            self.stopped_by = self.stopped_by or number
-            for process in self._live:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
-
-    @contextlib.contextmanager
-    def stopped_by_signals(self):
-        """SIGTERM and SIGINT `stop` this pool, also where a shell has started us in the background, deaf to SIGINT."""
-        before = {number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def sweep(runs: Sequence[Run], pool: Pool, jobs: int) -> dict[Run, str]:
-    """Work through ``runs``, ``jobs`` at a time; returns those that failed and why."""
-    failed: dict[Run, str] = {}
-    began = time.monotonic()
-    with ThreadPoolExecutor(jobs) as executor:
-        futures = {executor.submit(pool.work, run): run for run in runs}
-        for count, future in enumerate(as_completed(futures), 1):
-            run, error = futures[future], future.result()
-            if error:
-                failed[run] = error
-            if not pool.stopped_by:
-                so_far = f"[{count}/{len(runs)}, {(time.monotonic() - began) / 60:.1f} min]"
-                print(f"{so_far} {run.name} seed {run.seed}: {error or 'done'}", flush=True)
-    return failed
 
 
 def collect(runs: Sequence[Run], pool: Pool, results: Path) -> int:

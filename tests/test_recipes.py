@@ -359,7 +359,7 @@ def test_committed_results_come_from_the_same_commands(path):
     """What was run for the committed tables; some came before the option that asks for what was then the only way."""
     recipe, name = path.relative_to(RECIPES).parts[0], path.parents[1].name
     runs = {}
-    for file in ("runs.txt", "tuning.txt"):
+    for file in ("runs.txt", "tuning.txt", "levers.txt"):
         if (RECIPES / recipe / file).is_file():
             runs.update({run.name: run.variables for run in sweep.read_runs(RECIPES / recipe / file, [1], [])})
     method = "codistill" if name.startswith("codistill") else name

@@ -53,9 +53,13 @@ benchmark: install
 	$(IN_VENV) python benchmarks/kill_while_publishing.py --kills 200 --seed 1
 	$(IN_VENV) python benchmarks/step.py --out benchmarks/results/step/latest.json
 	$(IN_VENV) python benchmarks/step.py --setting transformer_big
-	$(IN_VENV) python benchmarks/step_scaling.py --out benchmarks/results/step
-	rm -rf $(BENCHMARKS)/exchange_speed
+	$(IN_VENV) python benchmarks/step.py --setting lstm_lm --no-memory --out benchmarks/results/step/lstm_lm_latest.json
+	rm -rf $(BENCHMARKS)/exchange_speed*
 	$(IN_VENV) python benchmarks/exchange_speed.py --out $(BENCHMARKS)/exchange_speed --results benchmarks/results/exchange_speed
+	for n in 4 16; do $(IN_VENV) python benchmarks/exchange_speed.py --interval $$n --pairs $$((96 / n + 2)) --words 8000 --width 256 --layers 2 \
+	    --tokens 2000 --out $(BENCHMARKS)/exchange_speed$$n --results benchmarks/results/exchange_speed/interval_$$n || exit; done
+	$(IN_VENV) python benchmarks/step_scaling.py --out benchmarks/results/step --exchanges benchmarks/results/exchange_speed/interval_*/results.json
+	$(IN_VENV) python benchmarks/data_prep_speed.py
 
 soak: install
 	rm -rf $(BENCHMARKS)/soak

@@ -1,10 +1,12 @@
-"""How the price of teachers grows: with their number, V, the batch and the share of updates that are taught.
+"""How the price of teachers grows: with their number, V, the batch, the share of updates that are taught, and the interval.
 
-    python benchmarks/step_scaling.py --out benchmarks/results/step
+    python benchmarks/step_scaling.py --out benchmarks/results/step \\
+        --exchanges benchmarks/results/exchange_speed/interval_*/results.json
 
 Writes scaling.json, scaling.md and scaling.png. For each point a step with teachers and one without take turns, as in
 step.py, in one process. The floor is arithmetic's: of the multiplications of a plain step (forward, and twice that
-backward) each teacher adds the forward's share, a third, and nothing else costs anything.
+backward) each teacher adds the forward's share, a third, and nothing else costs anything. What an exchange costs cannot be
+seen in one process: those points were measured by exchange_speed.py, against the same peers without exchanges.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import step  # sets the number of threads before torch is imported
 from step_method import SETTINGS, Method, Setting, Step, write_data
@@ -31,6 +34,7 @@ LABELS = {
     "peers": "number of peers n", "vocabulary": "words in the dictionary, V", "tokens": "tokens in a batch",
     "every": "of so many updates one is taught",
 }  # fmt: skip
+EXCHANGES = "updates between exchanges, N"
 DTYPES = ("fp32", "bf16")
 
 
@@ -60,13 +64,22 @@ def measure(sweep: str, value: int, rounds: int, folder: Path) -> Dict[str, floa
     return row
 
 
-def draw(results: Dict[str, List[Dict[str, float]]], path: Path) -> None:
+def exchange_cost(file: Path) -> Dict[str, float]:
+    """A result of exchange_speed.py: its interval, step time with exchanges over that without, and the standard error."""
+    result = json.loads(file.read_text())
+    values = [1 / speed for peer in result["ratios"] for speed in peer]
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return {"value": result["settings"]["interval"], "ratio": statistics.mean(values), "error": error}
+
+
+def draw(results: Dict[str, List[Dict[str, float]]], exchanges: List[Dict[str, float]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(results), figsize=(3.3 * len(results), 3.2), squeeze=False)
+    panels = len(results) + bool(exchanges)
+    figure, axes = pyplot.subplots(1, panels, figsize=(3.3 * panels, 3.2), squeeze=False)
     for axis, (sweep, rows) in zip(axes[0], results.items()):
         values = [row["value"] for row in rows]
         for dtype, colour in zip(DTYPES, ("tab:blue", "tab:orange")):
@@ -80,20 +93,33 @@ def draw(results: Dict[str, List[Dict[str, float]]], path: Path) -> None:
         axis.set_xticks(values, [str(value) for value in values])
         axis.minorticks_off()
         axis.set_xlabel(LABELS[sweep])
-        axis.set_ylim(bottom=0.8)
+        axis.set_ylim(bottom=0.5)
+    if exchanges:
+        axis, values = axes[0][-1], [row["value"] for row in exchanges]
+        heights, errors = ([row[name] for row in exchanges] for name in ("ratio", "error"))
+        axis.errorbar(values, heights, errors, fmt="o-", capsize=3, color="tab:green")
+        axis.axhline(1.0, color="k", linestyle="--")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(values, [str(value) for value in values])
+        axis.minorticks_off()
+        axis.set_xlabel(EXCHANGES)
+        axis.set_ylabel("step / step without exchanges")
     axes[0][0].set_ylabel("step / step of cross_entropy")
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
 
-def table(results: Dict[str, List[Dict[str, float]]]) -> List[str]:
+def table(results: Dict[str, List[Dict[str, float]]], exchanges: Sequence[Dict[str, float]] = ()) -> List[str]:
     lines = ["| varied | value | " + " | ".join(f"peers in {dtype}" for dtype in DTYPES) + " | floor |"]
     lines.append("| --- | ---: | " + "---: | " * len(DTYPES) + "---: |")
     for sweep, rows in results.items():
         for row in rows:
             cells = [f"{row[f'{d}_median']:.2f} ({row[f'{d}_low']:.2f} … {row[f'{d}_high']:.2f})" for d in DTYPES]
             lines.append(f"| {LABELS[sweep]} | {row['value']} | {' | '.join(cells)} | {row['floor']:.2f} |")
+    if exchanges:
+        lines += ["", f"| {EXCHANGES} | step / step without exchanges (standard error) |", "| ---: | ---: |"]
+        lines += [f"| {row['value']} | {row['ratio']:.3f} ± {row['error']:.3f} |" for row in exchanges]
     return lines
 
 
@@ -102,6 +128,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for scaling.json, scaling.md and scaling.png")
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--exchanges", type=Path, nargs="+", default=[], metavar="FILE", help="of exchange_speed.py")
     parser.add_argument("--go-on", action="store_true", help="keep the points that are in --out already")
     args = parser.parse_args()
     step.quiet()
@@ -116,9 +143,10 @@ def main() -> int:
                     rows.append(measure(name, value, args.rounds, Path(folder)))
                     file.write_text(json.dumps({"machine": step.machine(), "ratios": results}, indent=1) + "\n")
     results = {sweep: results[sweep] for sweep in SWEEPS if sweep in results}
-    lines = [f"Step time over that of cross_entropy; {step.machine()}", "", *table(results)]
+    exchanges = sorted((exchange_cost(file) for file in args.exchanges), key=lambda row: row["value"])
+    lines = [f"Step time over that of cross_entropy; {step.machine()}", "", *table(results, exchanges)]
     (args.out / "scaling.md").write_text("\n".join(lines) + "\n")
-    draw(results, args.out / "scaling.png")
+    draw(results, exchanges, args.out / "scaling.png")
     print("\n".join(lines))
     return 0
 

@@ -1,9 +1,11 @@
 """benchmarks/step.py: that it measures what it says, on a model as small as can be."""
 
+import json
 import sys
 
 import pytest
 from fairseq_runs import ROOT
+from matplotlib import pyplot
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -67,6 +69,20 @@ def test_ratios_and_table():
 def test_the_floor():
     assert step_scaling.floor(Method.parse("codistill_ce:2")) == pytest.approx(4 / 3)
     assert step_scaling.floor(Method.parse("codistill_ce:4:ce:fp32:3")) == pytest.approx(4 / 3)
+
+
+def test_the_cost_of_exchanges_is_read_and_drawn(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"settings": {"interval": 4}, "ratios": [[0.5, 0.5], [1.0, 1.0]]}))
+    row = step_scaling.exchange_cost(file)
+    assert (row["value"], row["ratio"]) == (4, 1.5) and row["error"] == pytest.approx((1 / 3) ** 0.5 / 2)
+    point = {f"{dtype}_{name}": 1.0 for dtype in step_scaling.DTYPES for name in ("median", "low", "high")}
+    results = {"every": [{"value": 1, "floor": 1.3, **point}]}
+    assert step_scaling.table(results, [row])[-1] == "| 4 | 1.500 ± 0.289 |"
+    without, with_exchanges = tmp_path / "without.png", tmp_path / "with.png"
+    step_scaling.draw(results, [], without)
+    step_scaling.draw(results, [row], with_exchanges)
+    assert pyplot.imread(with_exchanges).shape[1] > pyplot.imread(without).shape[1], "one panel more"
 
 
 def test_without_a_gpu_a_sentence(capsys, monkeypatch):

@@ -359,7 +359,8 @@ def test_committed_results_come_from_the_same_commands(path):
     """What was run for the committed tables; some came before the option that asks for what was then the only way."""
     recipe, name = path.relative_to(RECIPES).parts[0], path.parents[1].name
     runs = {}
-    for file in ("runs.txt", "tuning.txt", "levers.txt"):
+    own_file = path.relative_to(RECIPES / recipe / "results").parts[0] + ".txt"
+    for file in ("two_cores.txt",) if own_file == "two_cores.txt" else ("runs.txt", "tuning.txt", "levers.txt"):
         if (RECIPES / recipe / file).is_file():
             runs.update({run.name: run.variables for run in sweep.read_runs(RECIPES / recipe / file, [1], [])})
     method = "codistill" if name.startswith("codistill") else name
@@ -463,11 +464,23 @@ def test_evaluate_refuses(variables, arguments, word, prepared):
 # --- sweep.py ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*_*_*/runs.txt")) + [RECIPE / "tuning.txt"], ids=lambda p: p.parent.name)
+LISTS = [*RECIPES.glob("*_*_*/runs.txt"), *RECIPES.glob("*_*_*/two_cores.txt"), RECIPE / "tuning.txt"]
+
+
+@pytest.mark.parametrize("path", sorted(LISTS), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_listed_run_has_a_command(path):
     runs, recipe = sweep.read_runs(path, [1, 2], []), path.parent.name
     commands = {" ".join(dry_run(recipe, NAME="x", **dict(word.split("=", 1) for word in run.variables))) for run in runs}
     assert len(commands) == len(runs) // 2, "two lines of one file are the same run"
+
+
+def test_a_star_is_for_every_run_below_it(tmp_path):
+    runs = tmp_path / "runs.txt"
+    runs.write_text("first METHOD=single\n* LR=1 EXTRA='--fp16 --amp'\nsecond METHOD=rdrop LR=2\n")
+    first, second = sweep.read_runs(runs, [1], [])
+    assert first.variables == ("METHOD=single",)
+    assert dict(word.split("=", 1) for word in second.variables) == {"LR": "2", "EXTRA": "--fp16 --amp", "METHOD": "rdrop"}
+    assert second.environment(tmp_path, tmp_path)["LR"] == "2"
 
 
 def test_sweep_refuses(prepared, tmp_path, refused):

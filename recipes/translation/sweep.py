@@ -52,12 +52,14 @@ def known_variables() -> set[str]:
 
 
 def read_runs(path: Path, seeds: Sequence[int], only: Sequence[str]) -> list[Run]:
-    """The runs of a file, all with the first seed before any with the second. Quotes are as in a shell.
+    """The runs of a file, all with the first seed before any with the second. Quotes are as in a shell. A line that is named
+    ``*`` is no run: its variables are those of every run below it, unless the run's own line says otherwise.
 
     Raises ``ValueError`` for a line that is none, a variable that train.sh does not read, a name that is not there.
     """
     known = known_variables()
     lines: dict[str, tuple[str, ...]] = {}
+    of_all: tuple[str, ...] = ()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         words = shlex.split(line, comments=True)
         if not words:
@@ -66,9 +68,12 @@ def read_runs(path: Path, seeds: Sequence[int], only: Sequence[str]) -> list[Run
             variable, equals, _ = word.partition("=")
             if not equals or variable not in known:
                 raise ValueError(f"{path}:{number}: {word} must be VARIABLE=VALUE with a variable that train.sh reads")
+        if words[0] == "*":
+            of_all += tuple(words[1:])
+            continue
         if words[0] in lines or "=" in words[0] or "/" in words[0]:
             raise ValueError(f"{path}:{number}: must begin with a new name, but begins with {words[0]}")
-        lines[words[0]] = tuple(words[1:])
+        lines[words[0]] = (*of_all, *words[1:])
     if unknown := set(only) - set(lines):
         raise ValueError(f"--only must name runs of {path} ({', '.join(lines)}), but has {', '.join(sorted(unknown))}")
     return [Run(name, seed, lines[name]) for seed in seeds for name in lines if not only or name in only]

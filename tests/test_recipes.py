@@ -34,6 +34,7 @@ import multi30k  # noqa: E402
 import parallel_text  # noqa: E402
 import prepare as prepare_corpus  # noqa: E402
 import sweep  # noqa: E402
+import sweeping  # noqa: E402
 
 
 def write_source(folder: Path, pairs: int = 30) -> Path:
@@ -342,7 +343,7 @@ def test_every_recipe_is_tested_and_has_what_a_recipe_has():
 def test_the_readme_lists_every_variable():
     readme = (RECIPES / "translation/README.md").read_text()
     listed = set(re.findall(r"`([A-Z][A-Z_]+)`", readme))
-    assert sweep.known_variables() <= listed
+    assert sweeping.known_variables(sweep.TRAIN) <= listed
     for name in ("evaluate.py", "prepared.py"):
         read = set(re.findall(r'"([A-Z][A-Z_]+)"', (RECIPES / "translation" / name).read_text()))
         assert read <= listed | {"NLL", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}, name
@@ -362,7 +363,7 @@ def test_committed_results_come_from_the_same_commands(path):
     own_file = path.relative_to(RECIPES / recipe / "results").parts[0] + ".txt"
     for file in ("two_cores.txt",) if own_file == "two_cores.txt" else ("runs.txt", "tuning.txt", "levers.txt"):
         if (RECIPES / recipe / file).is_file():
-            runs.update({run.name: run.variables for run in sweep.read_runs(RECIPES / recipe / file, [1], [])})
+            runs.update({run.name: run.variables for run in sweep.read_runs(RECIPES / recipe / file, sweep.TRAIN, [1], [])})
     method = "codistill" if name.startswith("codistill") else name
     variables = dict(word.split("=", 1) for word in runs.get(name, [f"METHOD={method}"]))
     now = dry_run(recipe, NAME=name, SEED=1, DATA="DATA", OUT="OUT", **variables)
@@ -469,7 +470,7 @@ LISTS = [*RECIPES.glob("*_*_*/runs.txt"), *RECIPES.glob("*_*_*/two_cores.txt"), 
 
 @pytest.mark.parametrize("path", sorted(LISTS), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_listed_run_has_a_command(path):
-    runs, recipe = sweep.read_runs(path, [1, 2], []), path.parent.name
+    runs, recipe = sweep.read_runs(path, sweep.TRAIN, [1, 2], []), path.parent.name
     commands = {" ".join(dry_run(recipe, NAME="x", **dict(word.split("=", 1) for word in run.variables))) for run in runs}
     assert len(commands) == len(runs) // 2, "two lines of one file are the same run"
 
@@ -477,7 +478,7 @@ def test_every_listed_run_has_a_command(path):
 def test_a_star_is_for_every_run_below_it(tmp_path):
     runs = tmp_path / "runs.txt"
     runs.write_text("first METHOD=single\n* LR=1 EXTRA='--fp16 --amp'\nsecond METHOD=rdrop LR=2\n")
-    first, second = sweep.read_runs(runs, [1], [])
+    first, second = sweep.read_runs(runs, sweep.TRAIN, [1], [])
     assert first.variables == ("METHOD=single",)
     assert dict(word.split("=", 1) for word in second.variables) == {"LR": "2", "EXTRA": "--fp16 --amp", "METHOD": "rdrop"}
     assert second.environment(tmp_path, tmp_path)["LR"] == "2"

@@ -20,7 +20,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from image_sweep import Run, read_runs  # noqa: E402
+from image_sweep import TRAIN, Run, read_runs  # noqa: E402
 
 from fairseq_codistill.fairseq_log import nll  # noqa: E402
 from fairseq_codistill.report_log import TrainLog  # noqa: E402
@@ -241,7 +241,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args(argv)
     results = args.results or args.recipe / "results"
-    found = load(read_runs(args.recipe / "runs.txt", args.seeds, []), results)
+    found = load(read_runs(args.recipe / "runs.txt", TRAIN, args.seeds, []), results)
     if not found:
         print(f"image_results.py: --results must hold NAME/seedN/scores.json, but {results} holds none", file=sys.stderr)
         return 2

@@ -10,73 +10,19 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
-import re
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent))
 
-from sweeping import Scripts, sweep  # noqa: E402
+from sweeping import Run, Scripts, read_runs, sweep, without_paths  # noqa: E402
 
+TRAIN = HERE / "train.sh"
 LARGE_LOG_BYTES = 200_000
-
-
-@dataclass(frozen=True)
-class Run:
-    """One line of the runs file with one seed."""
-
-    name: str
-    seed: int
-    variables: tuple[str, ...]  # NAME=VALUE, as train.sh knows them
-
-    def folder(self, out: Path) -> Path:
-        return out / self.name / f"seed{self.seed}"
-
-    def environment(self, data: Path, out: Path) -> dict[str, str]:
-        own = dict(variable.split("=", 1) for variable in self.variables)
-        return {**os.environ, **own, "NAME": self.name, "SEED": str(self.seed), "DATA": str(data), "OUT": str(out)}
-
-
-def known_variables() -> set[str]:
-    """What train.sh reads, less what this program sets itself."""
-    found = re.findall(r"\$\{([A-Z_]+):-", (HERE / "train.sh").read_text(encoding="utf-8"))
-    return set(found) - {"NAME", "SEED", "DATA", "OUT"}
-
-
-def read_runs(path: Path, seeds: Sequence[int], only: Sequence[str]) -> list[Run]:
-    """The runs of a file, all with the first seed before any with the second. Quotes are as in a shell. A line that is named
-    ``*`` is no run: its variables are those of every run below it, unless the run's own line says otherwise.
-
-    Raises ``ValueError`` for a line that is none, a variable that train.sh does not read, a name that is not there.
-    """
-    known = known_variables()
-    lines: dict[str, tuple[str, ...]] = {}
-    of_all: tuple[str, ...] = ()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        words = shlex.split(line, comments=True)
-        if not words:
-            continue
-        for word in words[1:]:
-            variable, equals, _ = word.partition("=")
-            if not equals or variable not in known:
-                raise ValueError(f"{path}:{number}: {word} must be VARIABLE=VALUE with a variable that train.sh reads")
-        if words[0] == "*":
-            of_all += tuple(words[1:])
-            continue
-        if words[0] in lines or "=" in words[0] or "/" in words[0]:
-            raise ValueError(f"{path}:{number}: must begin with a new name, but begins with {words[0]}")
-        lines[words[0]] = (*of_all, *words[1:])
-    if unknown := set(only) - set(lines):
-        raise ValueError(f"--only must name runs of {path} ({', '.join(lines)}), but has {', '.join(sorted(unknown))}")
-    return [Run(name, seed, lines[name]) for seed in seeds for name in lines if not only or name in only]
 
 
 class Pool(Scripts):
@@ -110,7 +56,7 @@ def collect(runs: Sequence[Run], pool: Pool, results: Path) -> int:
         if not (folder / "finished").exists():
             continue
         for path in _kept(folder):
-            text = _without_paths(path.read_text(encoding="utf-8", errors="replace"), pool).encode("utf-8")
+            text = without_paths(path.read_text(encoding="utf-8", errors="replace"), pool.data, pool.out).encode("utf-8")
             target = _parent_made(results / path.relative_to(pool.out))
             is_large = path.suffix == ".log" and len(text) > LARGE_LOG_BYTES
             for stale in (target, target.with_name(target.name + ".gz")):
@@ -136,14 +82,6 @@ def _parent_made(path: Path) -> Path:
     return path
 
 
-def _without_paths(text: str, pool: Pool) -> str:
-    names = {str(pool.data): "DATA", str(pool.out): "OUT", str(ROOT): ".", sys.prefix: "ENV", str(Path.home()): "~"}
-    # The longest first, because one may lie inside another; "/" and "/usr" would spoil every other path.
-    for path in sorted((path for path in names if path.count("/") > 1), key=len, reverse=True):
-        text = text.replace(path, names[path])
-    return text
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", type=Path, required=True, help="folder with train.sh and evaluate.sh")
@@ -152,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, help="file of runs (default: the recipe's runs.txt)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of these, only some")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each of PEERS processes if codistilling")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; each peer is one (default: 1)")
     parser.add_argument("--no-evaluate", action="store_true", help="train only, as for tuning on valid")
     parser.add_argument("--results", type=Path, help="copy logs and scores of the finished runs here")
     return parser
@@ -164,7 +102,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if not (args.recipe / "train.sh").is_file():
             raise ValueError(f"--recipe must be a folder with a train.sh, but {args.recipe} has none")
-        runs = read_runs(args.runs or args.recipe / "runs.txt", args.seeds, args.only)
+        runs = read_runs(args.runs or args.recipe / "runs.txt", TRAIN, args.seeds, args.only)
         if args.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, but is {args.jobs} instead")
         if not (args.data / "manifest.json").is_file():

@@ -49,9 +49,9 @@ class Run:
 
 
 def known_variables(script: Path) -> Set[str]:
-    """What a train.sh reads, less what a sweep sets itself."""
-    found = re.findall(r"\$\{([A-Z_]+):-", script.read_text(encoding="utf-8"))
-    return set(found) - {"NAME", "SEED", "DATA", "OUT"}
+    """What a train.sh, with what all of them share, reads, less what a sweep sets itself."""
+    text = "".join(file.read_text(encoding="utf-8") for file in (script, ROOT / "recipes/training.sh"))
+    return set(re.findall(r"\$\{([A-Z_]+):-", text)) - {"NAME", "SEED", "DATA", "OUT"}
 
 
 def read_runs(path: Path, script: Path, seeds: Sequence[int], only: Sequence[str]) -> List[Run]:

@@ -7,7 +7,7 @@ set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
-refuse() { echo "train.sh: $*" >&2; exit 2; }
+. "$root/recipes/training.sh"
 
 read_settings() {
     METHOD="${METHOD:-codistill}" SEED="${SEED:-1}" PEERS="${PEERS:-2}" REGULARISATION="${REGULARISATION:-unmodified}"
@@ -29,9 +29,7 @@ check_settings() {
     [[ -n "${OUT:-}" ]] || refuse "OUT must be the folder for the runs, but is not set"
     [[ "$SEED" =~ ^[0-9]+$ ]] || refuse "SEED must be a whole number, but is $SEED instead"
     [[ "$FRACTION" =~ ^1(/[1-9][0-9]*)?$ ]] || refuse "FRACTION must be 1 or 1/k, but is $FRACTION instead"
-    for name in PEERS BATCH GPUS_PER_PEER; do
-        [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || refuse "$name must be a whole number of at least 1, but is ${!name} instead"
-    done
+    for name in PEERS BATCH GPUS_PER_PEER; do count "$name"; done
 }
 
 # decimal EXPRESSION: epochs with up to four places.
@@ -92,18 +90,10 @@ choose_schedule() {
     fi
 }
 
-count_gpus() {
-    if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
-    else
-        { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true
-    fi
-}
-
 # Sets device_options of the launcher. Left to itself it shares out all GPUs, and a single job would get a larger batch.
 choose_devices() {
     local gpus
-    gpus="$(count_gpus)"
+    gpus="$(visible_gpus)"
     device_options=()
     if [[ "$CPU" != 0 ]]; then
         device_options=(--gpus-per-peer 0)
@@ -129,35 +119,8 @@ build_command() {
         --log-format json --log-interval "$VALIDATE" --num-workers "$WORKERS" ${extra[@]+"${extra[@]}"})
 }
 
-start() {
-    local typed="$1" peer
-    [[ -d "$DATA/train" ]] || refuse "DATA must be a folder with train/CLASS and valid/CLASS, but $DATA has no train"
-    mkdir -p "$run"
-    # Held as long as the launcher lives, even if this script is killed.
-    exec 9>"$run/lock"
-    if command -v flock >/dev/null && ! flock -n 9; then refuse "$run is being trained by another process"; fi
-    # Going on with other options would give a run that no command line describes.
-    [[ ! -f "$run/command.txt" || "$(<"$run/command.txt")" == "$typed" ]] ||
-        refuse "$run was begun with another command (see its command.txt); give another NAME or OUT, or delete it"
-    if [[ -f "$run/finished" ]]; then
-        echo "$run: was finished, nothing done"
-        return
-    fi
-    echo "$typed" >"$run/command.txt"
-    [[ -z "${THREADS:-}" ]] || export OMP_NUM_THREADS="$THREADS" MKL_NUM_THREADS="$THREADS"
-    "${command[@]}"
-    for ((peer = 0; peer < jobs; peer++)); do
-        [[ -f "$run/peer$peer/checkpoint_last.pt" ]] || {
-            echo "train.sh: the training ended, but $run/peer$peer has no checkpoint_last.pt" >&2
-            return 1
-        }
-    done
-    touch "$run/finished"
-}
-
 # In a function, because bash reads a script while it runs it: an edit in the meantime would be executed by halves.
 main() {
-    local typed
     read_settings
     check_settings
     choose_objective
@@ -165,12 +128,11 @@ main() {
     choose_devices
     run="$OUT/${NAME:-$name}/seed$SEED"
     build_command
-    # Without the blank that printf leaves at the end: what is read back from command.txt must be the same.
-    printf -v typed '%q ' "${command[@]}"
     if [[ "$DRY_RUN" != 0 ]]; then
-        echo "${typed% }"
+        typed "${command[@]}"
     else
-        start "${typed% }"
+        [[ -d "$DATA/train" ]] || refuse "DATA must be a folder with train/CLASS and valid/CLASS, but $DATA has no train"
+        train_once "$run" "$jobs" checkpoint_last.pt "${command[@]}"
     fi
     exit
 }

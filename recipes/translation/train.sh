@@ -7,7 +7,7 @@ set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
-refuse() { echo "train.sh: $*" >&2; exit 2; }
+. "$root/recipes/training.sh"
 
 read_settings() {
     RECIPE="${RECIPE:-translation}" SOURCE="${SOURCE:-}" TARGET="${TARGET:-}"
@@ -33,9 +33,6 @@ read_settings() {
     read -ra fairseq_train <<<"${FAIRSEQ_TRAIN:-fairseq-train}"
     read -ra extra <<<"${EXTRA:-}"
 }
-
-# count NAME: the variable of that name must be a whole number of at least 1.
-count() { [[ "${!1}" =~ ^[1-9][0-9]*$ ]] || refuse "$1 must be a whole number of at least 1, but is ${!1} instead"; }
 
 check_settings() {
     local name
@@ -81,16 +78,6 @@ choose_objective() {
     [[ "${objective[1]}" == label_smoothed* ]] || metric=loss
 }
 
-count_gpus() {
-    if [[ -n "$GPUS" ]]; then
-        echo "$GPUS"
-    elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
-    else
-        { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true
-    fi
-}
-
 divisors() {
     local i found=()
     for ((i = 1; i <= $1; i++)); do (($1 % i)) || found+=("$i"); done
@@ -101,7 +88,7 @@ divisors() {
 # A worker is one batch of TOKENS in an update. A GPU that stands for several sums their batches one after another: the
 # same gradient as workers that all-reduce. So the batch does not depend on how many GPUs there are.
 choose_devices() {
-    visible="$(count_gpus)"
+    visible="${GPUS:-$(visible_gpus)}"
     device_options=() gpus=1 precision=()
     if [[ "$CPU" != 0 ]]; then
         device_options=(--gpus-per-peer 0)
@@ -173,36 +160,8 @@ tell() {
         --tokens "$TOKENS" --updates "$UPDATES" --keep "$KEEP" --expect "$EXPECT" "${sizes[@]}" >&2
 }
 
-start() {
-    local typed="$1" peer
-    [[ -f "$DATA/bin/dict.$TARGET.txt" ]] || refuse "DATA must be a folder made by $PREPARED_BY, but $DATA is not"
-    mkdir -p "$run"
-    # Held as long as the launcher lives, even if this script is killed.
-    exec 9>"$run/lock"
-    if command -v flock >/dev/null && ! flock -n 9; then refuse "$run is being trained by another process"; fi
-    # Going on with other options would give a run that no command line describes.
-    [[ ! -f "$run/command.txt" || "$(<"$run/command.txt")" == "$typed" ]] ||
-        refuse "$run was begun with another command (see its command.txt); give another NAME or OUT, or delete it"
-    if [[ -f "$run/finished" ]]; then
-        echo "$run: was finished, nothing done"
-        return
-    fi
-    tell
-    echo "$typed" >"$run/command.txt"
-    [[ -z "${THREADS:-}" ]] || export OMP_NUM_THREADS="$THREADS" MKL_NUM_THREADS="$THREADS"
-    "${command[@]}"
-    for ((peer = 0; peer < jobs; peer++)); do
-        [[ -f "$run/peer$peer/checkpoint_best.pt" ]] || {
-            echo "train.sh: the training ended, but $run/peer$peer has no checkpoint_best.pt" >&2
-            return 1
-        }
-    done
-    touch "$run/finished"
-}
-
 # In a function, because bash reads a script while it runs it: an edit in the meantime would be executed by halves.
 main() {
-    local typed
     read_settings
     check_settings
     choose_objective
@@ -210,13 +169,12 @@ main() {
     choose_model
     run="$OUT/${NAME:-$name}/seed$SEED"
     build_command
-    # Without the blank that printf leaves at the end: what is read back from command.txt must be the same.
-    printf -v typed '%q ' "${command[@]}"
     if [[ "$DRY_RUN" != 0 ]]; then
         tell
-        echo "${typed% }"
+        typed "${command[@]}"
     else
-        start "${typed% }"
+        [[ -f "$DATA/bin/dict.$TARGET.txt" ]] || refuse "DATA must be a folder made by $PREPARED_BY, but $DATA is not"
+        train_once "$run" "$jobs" checkpoint_best.pt "${command[@]}"
     fi
     exit
 }

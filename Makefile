@@ -52,7 +52,8 @@ benchmark: install
 	$(IN_VENV) python benchmarks/fuzz_snapshots.py --examples 2200 --seed 1
 	$(IN_VENV) python benchmarks/kill_while_publishing.py --kills 200 --seed 1
 	$(IN_VENV) python benchmarks/step.py --out benchmarks/results/step/latest.json
-	$(IN_VENV) python benchmarks/step.py --setting transformer_big
+	for setting in transformer_base transformer_big; do $(IN_VENV) python benchmarks/step.py --setting $$setting || exit; done
+	$(IN_VENV) python benchmarks/step.py --setting resnet50 --methods cross_entropy codistill_ce:2:mse codistill_ce:2:ce codistill_ce:4:ce
 	$(IN_VENV) python benchmarks/step.py --setting lstm_lm --no-memory --out benchmarks/results/step/lstm_lm_latest.json
 	rm -rf $(BENCHMARKS)/exchange_speed*
 	$(IN_VENV) python benchmarks/exchange_speed.py --out $(BENCHMARKS)/exchange_speed --results benchmarks/results/exchange_speed

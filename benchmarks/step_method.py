@@ -1,4 +1,4 @@
-"""A training step as fairseq makes it, ready to be timed: real task, model, criterion and trainer, on random sentences.
+"""A training step as fairseq makes it, ready to be timed: real task, model, criterion, trainer; random sentences or images.
 
 A method is written as on the command line of step.py: `cross_entropy`, `rdrop`, or `codistill_ce:N`, optionally with the
 distance, the peers' precision and --codistill-every: `codistill_ce:2:mse:bf16:2`. Its peers are real replicas, which the
@@ -34,14 +34,15 @@ _TRAINING = "--optimizer adam --lr 1e-4 --clip-norm 1.0 --num-workers 0 --requir
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained: fairseq's words, V with the special symbols, and what the machine must have."""
+    """What is trained: fairseq's words, V (of text, with the special symbols), and what the machine must have."""
 
     words: str
     vocabulary: int = 8000
-    tokens: int = 2000  # --max-tokens
+    tokens: int = 2000  # --max-tokens; of images, --batch-size
     length: int = 40  # words in the longest sentence
     needs_gpu: bool = False
     language_model: bool = False
+    image_size: int = 0  # pixels of a side; 0: text
 
 
 def _transformer(width: int, layers: int, ffn: int, heads: int) -> str:
@@ -50,6 +51,11 @@ def _transformer(width: int, layers: int, ffn: int, heads: int) -> str:
         for side in ("encoder", "decoder")
     )
     return f"--task translation --arch transformer --share-all-embeddings --dropout 0.1 {sides}"
+
+
+def image_words(arch: str, size: int) -> str:
+    normalisation = "--image-mean 0.5,0.5,0.5 --image-std 0.25,0.25,0.25"
+    return f"--task image_classification --arch {arch} --augmentation none --image-size {size} {normalisation}"
 
 
 SETTINGS: Dict[str, Setting] = {
@@ -62,6 +68,7 @@ SETTINGS: Dict[str, Setting] = {
     ),
     "transformer_base": Setting(_transformer(512, 6, 2048, 8) + " --bf16", 32_768, 8000, 60, needs_gpu=True),
     "transformer_big": Setting(_transformer(1024, 6, 4096, 16) + " --bf16", 32_768, 8000, 60, needs_gpu=True),
+    "resnet50": Setting(image_words("resnet50", 224) + " --bf16", 1000, 256, needs_gpu=True, image_size=224),
 }
 
 
@@ -96,7 +103,10 @@ class Method(NamedTuple):
 
 
 def write_data(setting: Setting, folder: Path, sentences: int = 400) -> Path:
-    """Random sentences in fairseq's binary form, in which each of the V words occurs; what is learnt is no matter."""
+    """Random sentences in fairseq's binary form, in which each of the V words occurs, or random images of V classes; what
+    is learnt is no matter."""
+    if setting.image_size:
+        return _write_images(setting, folder)
     draw, words = random.Random(1), setting.vocabulary - 4  # fairseq's own four symbols
     raw, out = folder / "raw", folder / "bin"
     raw.mkdir(parents=True)
@@ -117,12 +127,25 @@ def write_data(setting: Setting, folder: Path, sentences: int = 400) -> Path:
     return out
 
 
+def _write_images(setting: Setting, folder: Path) -> Path:
+    """Noise, at least four batches of it, in folders of classes as torchvision has them."""
+    from PIL import Image
+
+    draw, side = random.Random(1), setting.image_size
+    for number in range(max(setting.vocabulary, 4 * setting.tokens)):
+        place = folder / "train" / f"class{number % setting.vocabulary:04}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.frombytes("RGB", (side, side), draw.randbytes(3 * side * side)).save(place / f"{number}.png", compress_level=0)
+    return folder
+
+
 class Step:
     """One method on one setting, made ready; `run()` is a training step and gives the seconds of its parts."""
 
     def __init__(self, setting: Setting, method: Method, data: Path) -> None:
         words = [str(data), *setting.words.split(), *method.words().split(), *_TRAINING.split()]
-        words += ["--max-tokens", str(setting.tokens), *([] if setting.needs_gpu else ["--cpu"])]
+        words += ["--batch-size" if setting.image_size else "--max-tokens", str(setting.tokens)]
+        words += [] if setting.needs_gpu else ["--cpu"]
         args = options.parse_args_and_arch(options.get_training_parser(), words)
         cfg = convert_namespace_to_omegaconf(args)
         utils.set_torch_seed(1)

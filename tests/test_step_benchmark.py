@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import step  # noqa: E402
 import step_scaling  # noqa: E402
-from step_method import PARTS, Method, Setting, Step, write_data  # noqa: E402
+from step_method import PARTS, Method, Setting, Step, image_words, write_data  # noqa: E402
 
 TINY = Setting(
     "--task translation --arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16 "
@@ -56,6 +56,14 @@ def test_it_trains_what_it_says(tiny):
     assert len(peers) == 2 and str(next(peers[0].parameters()).dtype) == "torch.bfloat16"
     sizes = [batch["net_input"]["src_tokens"].size(0) == batch["target"].size(0) for batch in steps["rdrop"]._batches]
     assert all(sizes), "R-Drop doubles a copy of the batch only"
+
+
+def test_images(tmp_path):
+    setting = Setting(image_words("resnet8", 8), vocabulary=3, tokens=4, image_size=8)
+    data = write_data(setting, tmp_path / "data")
+    texts = ("cross_entropy", "codistill_ce:2:ce")
+    rows = step.measure({text: Step(setting, Method.parse(text), data) for text in texts}, rounds=1, repeats=1, warm_up=1)
+    assert [rows[text][0]["peers"] > 0 for text in texts] == [False, True]
 
 
 def test_ratios_and_table():

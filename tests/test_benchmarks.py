@@ -499,7 +499,8 @@ def test_lockstep_cannot_be_validated(tmp_path, capsys):
 
 # ---------------------------------------------------------------- what the README shows
 
-COMMANDS = [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
+COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
 SMALL = {"--sweep": ["--most-peers", "2", "--quick"]}
 
 

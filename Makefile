@@ -30,7 +30,7 @@ help:
 	@echo 'make demo         codistillation against its baselines on a corpus of our own: ten minutes on two cores'
 	@echo 'make test         the tests; TESTS=tests/test_losses.py runs some of them'
 	@echo 'make lint         ruff'
-	@echo 'make benchmark    what an exchange costs and saves, fuzzing, kills, steps: an hour on two idle cores'
+	@echo 'make benchmark    what an exchange costs and saves, fuzzing, kills, steps: more than an hour on two idle cores'
 	@echo 'make soak         peers that are killed and started again for half an hour'
 	@echo 'make test-legacy  the tests with stock fairseq 0.12.2, where a Python 3.9 or 3.10 is found'
 	@echo 'make clean        remove .venv, .venv-legacy, demo and benchmark-runs'

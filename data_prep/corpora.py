@@ -134,6 +134,7 @@ IWSLT14 = Corpus(
                     "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz",
                     "https://wit3.fbk.eu/archive/2014-01/texts/de/en/de-en.tgz",
                 ),
+                19982877,  # in public logs of fairseq's script; nobody publishes a sha256
             ),
         ),
     ),

@@ -9,7 +9,6 @@ Data: Elliott et al. 2016, github multi30k/dataset, for research.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Optional
 
 import parallel_text
 from download import fetch
+from stages import INSTEAD, finished, write_json
 
 LANGUAGES = ("en", "de")  # source, target
 SPLITS = {"train": ["train"], "valid": ["val"], "test": ["test_2016_flickr", "test_2017_flickr", "test_2017_mscoco"]}
@@ -40,7 +40,6 @@ PUBLISHED_SHA256 = {
     "test_2017_mscoco.en.gz": "aab300bfb4427697987e02cd0aacd44bfe8aa50456231b6474c08038bbed2b58",
     "test_2017_mscoco.de.gz": "799e4854c25d601c6cb6be29eabe5667734c61ace2f495e03e429031a0bc338",
 }
-_INSTEAD = "give another --out or delete it"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def prepare(out: Path, source: Optional[Path], settings: Settings, mirrors: Sequ
     Raises ``ValueError`` if ``out`` was made with other settings or from other texts, or is somebody else's folder.
     """
     # Before the download: a folder that cannot be used should not cost one.
-    done = _finished(out, settings)
+    done = finished(out, asdict(settings))
     if done and source is None:
         return False
     part = out.with_name(out.name + ".part")
@@ -66,7 +65,7 @@ def prepare(out: Path, source: Optional[Path], settings: Settings, mirrors: Sequ
     digests = {name: parallel_text.text_sha256(lines) for name, lines in texts.items()}
     if done:
         if done["text_sha256"] != digests:
-            raise ValueError(f"--out {out} was made from other texts than {source} holds; {_INSTEAD}")
+            raise ValueError(f"--out {out} was made from other texts than {source} holds; {INSTEAD}")
         return False
     # What a killed run left is not believed, except finished downloads, whose digests are checked again.
     for name in ("raw", "pieces", "bin"):
@@ -74,23 +73,9 @@ def prepare(out: Path, source: Optional[Path], settings: Settings, mirrors: Sequ
     manifest = {"format": 1, "settings": asdict(settings), "pairs": counts, "text_sha256": digests}
     manifest.update(_build(part, texts, settings))
     shutil.rmtree(part / "download", ignore_errors=True)
-    (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_json(part / "manifest.json", manifest)
     part.replace(out)
     return True
-
-
-def _finished(out: Path, settings: Settings) -> Optional[dict]:
-    """The manifest of ``out``, None if there is nothing yet; ``ValueError`` if ``out`` is something else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    try:
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        made_with = manifest["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--out {out} must be new, empty or prepared data, but has no good manifest.json") from error
-    if made_with != asdict(settings):
-        raise ValueError(f"--out {out} was made with {made_with}, not with {asdict(settings)}; {_INSTEAD}")
-    return manifest
 
 
 def _download(folder: Path, mirrors: Sequence[str]) -> Path:

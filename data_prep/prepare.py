@@ -27,9 +27,7 @@ from blocks import cores
 from corpora import CORPORA, Corpus
 from download import fetch_archives, trust
 from pipeline import Settings
-from stages import RECORD, Stages, locked, read_json, sync_files, write_json
-
-_INSTEAD = "give another --out or delete it"
+from stages import RECORD, Stages, finished, locked, read_json, sync_files, write_json
 
 
 def prepare(out: Path, settings: Settings, source: Optional[Path], archives: Optional[Path], jobs: int) -> bool:
@@ -39,7 +37,7 @@ def prepare(out: Path, settings: Settings, source: Optional[Path], archives: Opt
     or is somebody else's folder, or if the texts are unfit; ``ConnectionError`` if they cannot be downloaded.
     """
     work = out.with_name(out.name + ".partial")
-    if _finished(out, settings):
+    if finished(out, asdict(settings)):
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed in its last moment
         return False
     with locked(work, f"--out {out}"):
@@ -157,18 +155,6 @@ def unexpected(manifest: dict) -> List[str]:
         for split in splits
         if pairs[split] != expected[split]
     ]
-
-
-def _finished(out: Path, settings: Settings) -> bool:
-    """Whether ``out`` is there as ``settings`` want it; ``ValueError`` if it is something else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    manifest = read_json(out / "manifest.json") or {}
-    if "settings" not in manifest:
-        raise ValueError(f"--out {out} must be new, empty or prepared data, but has no good manifest.json")
-    if manifest["settings"] != asdict(settings):
-        raise ValueError(f"--out {out} was made with {manifest['settings']}, not with {asdict(settings)}; {_INSTEAD}")
-    return True
 
 
 def _forget_if_nothing_done(work: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable, Optional
 
 RECORD = "stage.json"
+INSTEAD = "give another --out or delete it"
 
 
 class Stages:
@@ -32,7 +33,7 @@ class Stages:
                 raise ValueError(f"{folder} must be new or work that was begun, but has no good settings.json. Delete it")
             write_json(folder / "settings.json", settings)
         elif begun_with != settings:
-            raise ValueError(f"{folder} was begun with {begun_with}, not with {settings}; give another --out or delete it")
+            raise ValueError(f"{folder} was begun with {begun_with}, not with {settings}; {INSTEAD}")
 
     def do(self, name: str, function: Callable[[Path], dict]) -> dict:
         """Run ``function(folder to fill)`` unless the stage is done; returns what it returned, now or then."""
@@ -56,6 +57,18 @@ class Stages:
             raise
         print(f"{name}: done in {time.monotonic() - began:.1f} s", flush=True)
         return record
+
+
+def finished(out: Path, settings: dict) -> Optional[dict]:
+    """The manifest of ``out``, None if there is nothing yet; ``ValueError`` if it is something else than ``settings`` make."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    manifest = read_json(out / "manifest.json") or {}
+    if "settings" not in manifest:
+        raise ValueError(f"--out {out} must be new, empty or prepared data, but has no good manifest.json")
+    if manifest["settings"] != settings:
+        raise ValueError(f"--out {out} was made with {manifest['settings']}, not with {settings}; {INSTEAD}")
+    return manifest
 
 
 def read_json(path: Path) -> Optional[dict]:

@@ -92,6 +92,10 @@ def fetch(urls: Sequence[str], path: Path, sha256: Optional[str] = None, attempt
     for url in [url for url in urls for _ in range(attempts)]:
         try:
             _continue_part(url, part, is_known=sha256 is not None, size=size)
+            have = part.stat().st_size
+            if size is not None and have != size:  # of a server that had announced no length
+                _forget(part)
+                raise ConnectionError(f"the file has {have} bytes instead of {size}")
             digest = sha256_of(part)
             if sha256 is not None and digest != sha256:
                 _forget(part)

@@ -178,6 +178,7 @@ class Site:
     def __init__(self) -> None:
         self.files: dict = {}
         self.break_after: dict = {}  # by name: bytes after which each answer in turn is cut; an empty list: no more
+        self.no_length: set = set()  # names of which no length is announced
         self.asked: list = []
         self.address = ""
 
@@ -204,7 +205,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         first = int(start[1]) if start and fits else 0
         self.send_response(206 if first else 200)
         self.send_header("ETag", tag)
-        self.send_header("Content-Length", str(len(body) - first))
+        if name not in self.site.no_length:
+            self.send_header("Content-Length", str(len(body) - first))
         self.end_headers()
         cuts = self.site.break_after.get(name)
         self.wfile.write(body[first:][: cuts.pop(0)] if cuts else body[first:])

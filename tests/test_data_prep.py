@@ -592,6 +592,15 @@ def test_a_wrong_size_is_refused_before_it_is_loaded(site, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_known_size_tells_of_a_break_that_the_server_does_not(site, tmp_path):
+    site.files["a.tgz"], site.break_after["a.tgz"], site.no_length = b"same" * 1000, [1000], {"a.tgz"}
+    with pytest.raises(ConnectionError, match="the file has 1000 bytes instead of 4000"):
+        download.fetch(site.offers("x/a.tgz"), tmp_path / "a.tgz", attempts=1, size=4000)
+    assert list(tmp_path.iterdir()) == []
+    download.fetch(site.offers("x/a.tgz"), tmp_path / "a.tgz", attempts=1, size=4000)
+    assert (tmp_path / "a.tgz").read_bytes() == b"same" * 1000
+
+
 def test_the_next_offer_is_taken_where_one_is_gone(site, tmp_path):
     site.files["a.zip"] = b"zip"
     offers = [offer(site, "gone", "gone2"), offer(site, "x", name="a.zip")]

@@ -18,6 +18,7 @@ import sys
 import threading
 from pathlib import Path
 
+import data_prep_corpora as made
 import pytest
 from fairseq_runs import checkpoint
 
@@ -28,6 +29,7 @@ METHODS = ("codistill", "all_reduce", "all_reduce_no_smoothing", "single", "rdro
 PIECES = 36
 
 sys.path[:0] = [str(ROOT / "data_prep"), str(RECIPES / "translation")]
+import corpora  # noqa: E402
 import download  # noqa: E402
 import generated  # noqa: E402
 import multi30k  # noqa: E402
@@ -659,6 +661,56 @@ def test_the_scored_model_is_the_average_of_the_last_two(scored):
                 torch.testing.assert_close(tensor, (states[-2][name] + states[-1][name]) / 2)
         assert any(not torch.equal(mean[name], states[-1][name]) for name in mean)
         assert "checkpoint_average2.pt" in (run / peer / "test_average2.generate.log").read_text()
+
+
+def news_texts() -> dict:
+    """A file for each set and language of newstest, plain."""
+    sets = [part.name for parts in corpora.NEWSTEST.splits.values() for part in parts]
+    pairs = made.grammar_pairs(20 * len(sets), seed=20)
+    drawn = {name: pairs[20 * number : 20 * number + 20] for number, name in enumerate(sets)}
+    sides = ((0, "en"), (1, "de"))
+    return {f"{name}.{language}": made.plain_text([pair[i] for pair in drawn[name]]) for name in sets for i, language in sides}
+
+
+# Of each other recipe: its published files, options of prepare.py, a method, and what scores.md must have.
+BLEU, NLL = ["test_average2 BLEU"], ["valid_average2 NLL", "test_average2 NLL"]
+FROM_ARCHIVES = {
+    "wmt16_en_de": (made.wmt16_archives, ["--vocab", "60"], "codistill", BLEU),
+    "tatoeba_de_en": (
+        lambda: {"deu-eng.zip": made.tatoeba_zip(made.tatoeba_rows())},
+        ["--vocab", "100", "--held-out", "9"],
+        "all_reduce",
+        BLEU + NLL,
+    ),
+    "newstest_de_en": (news_texts, ["--vocab", "100"], "rdrop", BLEU + NLL),
+}
+
+
+@pytest.mark.parametrize("recipe", FROM_ARCHIVES)
+def test_every_other_recipe_from_archives_to_scores(recipe, tmp_path):
+    files, options, method, expected = FROM_ARCHIVES[recipe]
+    source, data = tmp_path / "source", tmp_path / "data"
+    source.mkdir()
+    for name, content in files().items():
+        (source / name).write_bytes(content)
+    assert prepare_corpus.main([recipe, "--source", str(source), "--out", str(data), "--jobs", "1", *options]) == 0
+    tiny = {**TINY, "METHOD": method, "WORKERS": 2, "PRECISION": "fp32", "KEEP": 2, "AVERAGE": 2, "SEED": 1, "RDROP_ALPHA": 1}
+    tiny.update(DATA=data, OUT=tmp_path / "runs")
+    del tiny["TEST_SETS"], tiny["NLL_SETS"]
+    if expected == BLEU:
+        tiny["NLL_SETS"] = ""
+    tiny["FAIRSEQ_GENERATE"] += " --max-len-b 10"
+    result = script("train.sh", recipe=recipe, **tiny)
+    assert result.returncode == 0, result.stderr
+    (run,) = (tmp_path / "runs").glob("*/seed1")
+    result = script("evaluate.sh", str(run), recipe=recipe, **tiny)
+    assert result.returncode == 0, result.stderr
+    table = (run / "scores.md").read_text().splitlines()
+    rows = [line.split(" | ")[0].strip("| ") for line in table if line.startswith(("| test", "| valid"))]
+    assert sorted(rows) == sorted(expected)
+    for peer in ("peer0", "peer1") if method == "codistill" else ("peer0",):
+        hypotheses = parallel_text.read_lines(run / peer / "test_average2.hyp")
+        assert len(hypotheses) == json.loads((data / "manifest.json").read_text())["pairs"]["test"]
 
 
 def test_evaluate_shows_its_commands(scored):

@@ -20,6 +20,10 @@ ENVIRONMENT = {"codistill_peer": "CODISTILL_PEER", "codistill_peers": "CODISTILL
 DTYPES = ("fp32", "bf16", "fp16", "int8")
 
 
+_ALPHAS = ", ".join(f"{name} {distance.alpha:g}" for name, distance in DISTANCES.items())
+_ALPHAS += ", " + ", ".join(f"{name} {alpha:.3g}" for name, alpha in CONTROLS.items())
+
+
 def _option(default, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -32,19 +36,30 @@ class CodistillConfig(FairseqDataclass):
     codistill_dir: Optional[str] = _option(
         None, "where snapshots are exchanged: a directory, or a URL such as s3://bucket/run (default: $CODISTILL_DIR)"
     )
-    codistill_interval: int = _option(2500, "updates between publishing my weights and reloading the peers'")
+    codistill_interval: Optional[int] = _option(
+        None,
+        "updates between publishing this peer's weights and reloading the others' (default: 2500, but at most a 20th of "
+        "--max-update; 500 where that is not given)",
+    )
     codistill_loss: ChoiceEnum([*DISTANCES, *CONTROLS]) = _option(
-        "mse", "distance to the peers' predictions; uniform and unigram are the smoothing controls, without a peer"
+        "ce", "distance to the peers' predictions; uniform and unigram are the smoothing controls, without a peer"
     )
     codistill_temperature: float = _option(1.0, "τ of kl, reverse_kl, js and ce, with the factor τ²")
-    codistill_alpha: float = _option(1.0, "weight α of the distance (in the first epoch)")
+    codistill_alpha: Optional[float] = _option(
+        None,
+        f"weight α of the distance in the first epoch (default: the distance's own: {_ALPHAS})",
+    )
     codistill_alpha_schedule: ChoiceEnum(list(ALPHA_SCHEDULES)) = _option(
         "exponential", "α by epoch: constant; exponential, α·γ^(epoch−1); stepwise, + step after each milestone"
     )
     codistill_gamma: float = _option(1.1, "γ of the exponential schedule")
     codistill_alpha_step: float = _option(0.5, "what the stepwise schedule adds after each milestone")
     codistill_milestones: Optional[str] = _option(None, "epochs after which α steps and weight decay changes: 15,30,40")
-    codistill_alpha_max: Optional[float] = _option(None, "α never grows above this")
+    codistill_alpha_max: Optional[float] = _option(
+        None,
+        "α never grows above this; inf: no limit (default: 10/3 of --codistill-alpha for the exponential schedule, so 1 for "
+        "ce; no growth for uniform and unigram; no limit for the other schedules)",
+    )
     codistill_burn_in: int = _option(0, "updates before which α is 0 and no peer is run")
     codistill_topology: str = _option("all", "whom I learn from: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
     codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(
@@ -92,6 +107,25 @@ def read_environment(cfg: CodistillConfig) -> CodistillConfig:
     cfg.codistill_peer = 0 if cfg.codistill_peer is None else cfg.codistill_peer
     cfg.codistill_peers = 1 if cfg.codistill_peers is None else cfg.codistill_peers
     return cfg
+
+
+def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
+    """Fill α, its limit and the interval, whose defaults depend on other options. `cfg`: checked already."""
+    name = str(cfg.codistill_loss)
+    if cfg.codistill_alpha is None:
+        cfg.codistill_alpha = CONTROLS[name] if name in CONTROLS else DISTANCES[name].alpha
+    if cfg.codistill_alpha_max is None and str(cfg.codistill_alpha_schedule) == "exponential":
+        cfg.codistill_alpha_max = cfg.codistill_alpha * (1 if name in CONTROLS else _GROWTH)
+    if cfg.codistill_interval is None:
+        updates = cfg.max_update or 0
+        cfg.codistill_interval = min(_INTERVAL, max(1, updates // _EXCHANGES)) if updates > 0 else _INTERVAL_OF_UNKNOWN
+    return cfg
+
+
+# Without a limit γ = 1.1 makes α 12,500 times what it began with in 100 epochs.
+_GROWTH = 10 / 3
+# The papers' translation runs exchange every 2500 updates; a shorter training must still exchange often enough to learn.
+_INTERVAL, _EXCHANGES, _INTERVAL_OF_UNKNOWN = 2500, 20, 500
 
 
 def check(cfg: CodistillConfig) -> None:
@@ -147,7 +181,7 @@ _RULES = (
     ("codistill_alpha", _finite(lambda v: v >= 0), "a finite number, not negative"),
     ("codistill_gamma", _finite(lambda v: v >= 0), "a finite number, not negative"),
     ("codistill_alpha_step", _finite(lambda v: True), "a finite number"),
-    ("codistill_alpha_max", _finite(lambda v: v >= 0), "a finite number, not negative"),
+    ("codistill_alpha_max", lambda v: v >= 0, "a number, not negative (inf: no limit)"),
     ("codistill_burn_in", lambda v: v >= 0, "a number of updates, not negative"),
     ("codistill_wait", _finite(lambda v: v >= 0), "a finite number of seconds, not negative"),
     ("codistill_max_staleness", lambda v: v >= 1, "at least 1 update"),

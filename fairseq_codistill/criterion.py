@@ -47,6 +47,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         super().__init__(task, cfg.sentence_avg)
         cfg = config.read_environment(cfg)
         config.check(cfg)
+        cfg = config.fill_defaults(cfg)
         self.distance_name = str(cfg.codistill_loss)
         self.aggregate = str(cfg.codistill_aggregate)
         self.temperature = cfg.codistill_temperature

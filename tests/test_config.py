@@ -1,17 +1,18 @@
 """Every mistake in an option is one clear sentence, before any data is loaded."""
 
 import dataclasses
+import math
 
 import pytest
 from fairseq_runs import CODISTILL, Job, peer_environment, train_words
 
-from fairseq_codistill.config import CodistillConfig, active, check, read_environment
+from fairseq_codistill.config import CodistillConfig, active, check, fill_defaults, read_environment
 
 
 def config(**options):
     """The options as fairseq hands them over: its own values filled in."""
     defaults = {field.name: field.default for field in dataclasses.fields(CodistillConfig) if field.name != "_name"}
-    defaults.update(sentence_avg=False, ddp_backend="pytorch_ddp", model_parallel_size=1, train_subset="train")
+    defaults.update(sentence_avg=False, ddp_backend="pytorch_ddp", model_parallel_size=1, train_subset="train", max_update=0)
     defaults.update({name if name in defaults else f"codistill_{name}": value for name, value in options.items()})
     return CodistillConfig(**defaults)
 
@@ -35,7 +36,8 @@ BAD = [
     (dict(gamma=float("inf")), "codistill_gamma must be a finite number, not negative, but is inf instead."),
     (dict(gamma=-1.0), "codistill_gamma must be"),
     (dict(alpha_step=float("nan")), "codistill_alpha_step must be a finite number"),
-    (dict(alpha_max=-1.0), "codistill_alpha_max must be"),
+    (dict(alpha_max=-1.0), "codistill_alpha_max must be a number, not negative (inf: no limit), but is -1.0 instead."),
+    (dict(alpha_max=math.nan), "codistill_alpha_max must be"),
     (dict(temperature=0.0), "codistill_temperature must be a finite number greater than 0, but is 0.0 instead."),
     (dict(burn_in=-1), "codistill_burn_in must be a number of updates, not negative, but is -1 instead."),
     (dict(wait=-1.0), "codistill_wait must be a finite number of seconds"),
@@ -85,6 +87,39 @@ def test_the_environment_fills_what_the_command_line_leaves_open(monkeypatch):
     monkeypatch.setenv("CODISTILL_PEER", "one")
     with pytest.raises(ValueError, match="environment variable CODISTILL_PEER must be a whole number, but is 'one' instead"):
         read_environment(config())
+
+
+DEFAULTS = [  # options; then α, its limit, the interval
+    (dict(), 0.3, 1.0, 500),
+    (dict(loss="kl"), 0.3, 1.0, 500),
+    (dict(loss="reverse_kl"), 0.3, 1.0, 500),
+    (dict(loss="js"), 1.2, 4.0, 500),
+    (dict(loss="mse"), 0.1, 1 / 3, 500),
+    (dict(loss="centered_mse"), 0.1, 1 / 3, 500),
+    (dict(loss="uniform"), 1 / 9, 1 / 9, 500),
+    (dict(loss="unigram"), 1 / 9, 1 / 9, 500),
+    (dict(alpha=3.0), 3.0, 10.0, 500),
+    (dict(alpha=0.0), 0.0, 0.0, 500),
+    (dict(alpha_schedule="constant"), 0.3, None, 500),
+    (dict(alpha_schedule="stepwise", milestones="5"), 0.3, None, 500),
+    (dict(alpha_max=0.5), 0.3, 0.5, 500),
+    # The paper's own: uncentred MSE, α = 1 that grows by a tenth in each epoch without a limit.
+    (dict(loss="mse", alpha=1.0, alpha_max=math.inf, interval=2500), 1.0, math.inf, 2500),
+    (dict(max_update=2000), 0.3, 1.0, 100),
+    (dict(max_update=7), 0.3, 1.0, 1),
+    (dict(max_update=50_000), 0.3, 1.0, 2500),
+    (dict(max_update=300_000), 0.3, 1.0, 2500),
+    (dict(max_update=2000, interval=2500), 0.3, 1.0, 2500),
+]
+
+
+@pytest.mark.parametrize("options, alpha, limit, interval", DEFAULTS, ids=[str(row[0]) for row in DEFAULTS])
+def test_defaults_that_depend_on_other_options(options, alpha, limit, interval):
+    cfg = read_environment(config(**options))
+    check(cfg)
+    cfg = fill_defaults(cfg)
+    assert (cfg.codistill_alpha, cfg.codistill_interval) == (alpha, interval)
+    assert cfg.codistill_alpha_max == (limit if limit is None else pytest.approx(limit))
 
 
 def test_when_anybody_teaches():

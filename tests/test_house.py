@@ -17,7 +17,9 @@ LAYERS = {
     "topology": set(),
     "manifest": set(),
     "snapshot": {"manifest"},
-    "stores": {"manifest", "url_store"},
+    "lock_file": set(),
+    "directory_store": {"lock_file", "manifest"},
+    "stores": {"directory_store", "lock_file", "manifest", "url_store"},
     "url_store": {"manifest"},
     "compat": set(),
     "exchange": {"manifest", "snapshot", "stores"},
@@ -62,7 +64,8 @@ LAYERS = {
 FOREIGN = {
     "losses": {"torch"}, "fused": {"torch"}, "output_layer": {"torch"}, "int8": {"torch"},
     "schedules": set(), "topology": set(), "snapshot": {"torch", "safetensors"}, "exchange": set(),
-    "manifest": set(), "stores": set(), "url_store": {"fsspec"}, "courier": {"torch"}, "replica": {"torch"},
+    "manifest": set(), "stores": set(), "directory_store": set(), "lock_file": set(),
+    "url_store": {"fsspec"}, "courier": {"torch"}, "replica": {"torch"},
     "codistiller": {"torch"}, "hook": set(), "config": {"fairseq", "omegaconf"},
 }  # fmt: skip
 LIBRARIES = {"torch", "fairseq", "safetensors", "omegaconf", "numpy", "matplotlib", "rich", "fsspec", "hydra"}

@@ -81,6 +81,7 @@ class CodistillConfig(FairseqDataclass):
     model_parallel_size: int = II("common.model_parallel_size")
     train_subset: str = II("dataset.train_subset")
     max_update: int = II("optimization.max_update")
+    seed: int = II("common.seed")
 
 
 def read_environment(cfg: CodistillConfig) -> CodistillConfig:
@@ -92,6 +93,11 @@ def read_environment(cfg: CodistillConfig) -> CodistillConfig:
     cfg.codistill_peer = 0 if cfg.codistill_peer is None else cfg.codistill_peer
     cfg.codistill_peers = 1 if cfg.codistill_peers is None else cfg.codistill_peers
     return cfg
+
+
+def is_restart() -> bool:
+    """Whether the launcher has started this peer again within its run."""
+    return os.environ.get("CODISTILL_RESTART", "0") not in ("", "0")
 
 
 def check(cfg: CodistillConfig) -> None:

@@ -8,7 +8,6 @@ Training never stops because of a peer: whatever is wrong with one is a warning,
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
@@ -19,12 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .courier import Courier
-from .exchange import Exchange, Run
+from .exchange import SILENT_SECONDS, Exchange, Run
 from .int8 import load
 from .manifest import BadSnapshot, Manifest
 from .replica import freeze, replica
 from .schedules import alpha_at
 from .snapshot import Weights, fingerprint, tensors_of
+from .structure import structure
 from .topology import Edge, learners_of, teachers_of
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class Codistiller:
         self._started = update
         if self._leads:
             architecture = fingerprint(self._model)
-            self.exchange.begin(update, architecture)
+            self.exchange.begin(update, architecture, structure(self._model))
             wire = self.wire_dtype or (torch.bfloat16 if _dtype_of(self._model) == torch.float32 else None)
             self._courier = Courier(
                 self.exchange, self._teachers, architecture, tensors_of(self._model), wire,
@@ -247,21 +247,15 @@ class Codistiller:
             self._reload(True, update - update % self.interval)
 
     def _publish(self, update: int, done: bool) -> None:
-        needed_from = self._needed_from() if self.lockstep else None
+        needed_from = None
+        if self.lockstep:  # for as long as others would wait for it
+            learners, patience = learners_of(self.peer, self.edges), max(self.wait or LOCKSTEP_WAIT, SILENT_SECONDS)
+            needed_from = self.exchange.needed_from(learners, self.interval, patience)
         self._courier.publish(
             tensors_of(self._model), update, needed_from, epoch=self.epoch, fingerprint=self._courier.fingerprint,
             model=self.model_config, time=self.clock(), valid_loss=self.valid_loss,
             resumes_from=self._checkpoints[0], done=done,
         )  # fmt: skip
-
-    def _needed_from(self) -> int:
-        """The earliest update at which a learner of mine would resume if it died now: what lockstep must still find."""
-        updates = []
-        for learner in learners_of(self.peer, self.edges):
-            with contextlib.suppress(BadSnapshot):
-                manifest = self.exchange.newest(learner)
-                updates.append(manifest.resumes_from if manifest else 0)
-        return min(updates, default=0) // self.interval * self.interval
 
     def _reload(self, look: bool = False, update: Optional[int] = None) -> None:
         """Put what the courier has ready into the peers, on every rank. `look`: read now what is there, of `update`."""
@@ -303,7 +297,9 @@ class Codistiller:
             manifest = self.exchange.newest(teacher) if update is None else self.exchange.at(teacher, update)
             if manifest is None and update is not None:
                 newest = self.exchange.newest(teacher)
-                manifest = newest if newest is not None and newest.done and newest.update < update else None
+                # It will make no more, or no longer keeps that one.
+                is_last = newest is not None and (newest.update > update or newest.done)
+                manifest = newest if is_last else None
             return manifest
         except (BadSnapshot, OSError):
             return None

@@ -96,6 +96,7 @@ class CodistillConfig(FairseqDataclass):
     model_parallel_size: int = II("common.model_parallel_size")
     train_subset: str = II("dataset.train_subset")
     max_update: int = II("optimization.max_update")
+    seed: int = II("common.seed")
 
 
 def read_environment(cfg: CodistillConfig) -> CodistillConfig:
@@ -126,6 +127,11 @@ def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
 _GROWTH = 10 / 3
 # The papers' translation runs exchange every 2500 updates; a shorter training must still exchange often enough to learn.
 _INTERVAL, _EXCHANGES, _INTERVAL_OF_UNKNOWN = 2500, 20, 500
+
+
+def is_restart() -> bool:
+    """Whether the launcher has started this peer again within its run."""
+    return os.environ.get("CODISTILL_RESTART", "0") not in ("", "0")
 
 
 def check(cfg: CodistillConfig) -> None:

@@ -19,8 +19,8 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 
 import torch
 
-from .exchange import BEAT, Exchange, host_name
-from .manifest import BadSnapshot, Manifest, Presence
+from .exchange import BEAT, Exchange, IndexTaken, host_name
+from .manifest import BadSnapshot, Manifest, Presence, plain
 from .observer import Observer, in_words
 from .snapshot import Buffer, Weights
 
@@ -76,6 +76,7 @@ class Courier:
         self._silent: Set[int] = set()
         self._warned: Set[Tuple[object, str]] = set()
         self._counting = threading.Lock()
+        self._lost = False  # my index, to another process
         self._life, self._updates, self._beat, self._state = secrets.token_hex(8), updates, 0, "waiting"
         self._progress: Tuple[int, Dict[str, int]] = (0, {})  # update, and the update held of each teacher
         self._course: Deque[Tuple[float, int]] = collections.deque(maxlen=_COURSE)
@@ -153,6 +154,10 @@ class Courier:
         try:
             copied()
             manifest = self.exchange.publish(self._buffer, update, needed_from, **facts)
+        except IndexTaken as error:
+            self._warn_of_loss(error)
+            self._count(failed=1)
+            return
         except Exception as error:  # whatever it is, training must go on
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             logger.warning(f"codistillation: the snapshot of update {update} was not published: {reason}; training goes on")
@@ -181,7 +186,7 @@ class Courier:
         except BadSnapshot as error:
             self.warn(teacher, f"its snapshot is refused: {error}.")
         except Exception as error:  # whatever it is, training must go on
-            self.warn(teacher, f"its snapshot cannot be read: {type(error).__name__}: {error}.")
+            self.warn(teacher, f"its snapshot cannot be read: {type(error).__name__}: {plain(str(error))}.")
 
     def _is_new(self, teacher: int, manifest: Manifest) -> bool:
         seen, tries = self._seen.get(teacher, (None, 0))
@@ -235,10 +240,19 @@ class Courier:
         )
         try:
             self.exchange.beat(presence)
+        except IndexTaken as error:
+            self._warn_of_loss(error)
         except Exception as error:  # whatever it is, training must go on
-            if ("sign", str(error)) not in self._warned:
-                self._warned.add(("sign", str(error)))
-                logger.warning(f"codistillation: no sign of life could be given: {error}; training goes on")
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            if ("sign", str(reason)) not in self._warned:
+                self._warned.add(("sign", str(reason)))
+                logger.warning(f"codistillation: no sign of life could be given: {reason}; training goes on")
+
+    def _warn_of_loss(self, error: IndexTaken) -> None:
+        with self._counting:
+            is_new, self._lost = not self._lost, True
+        if is_new:
+            logger.warning(f"codistillation: {error}; training goes on")
 
     def _tell_of_company(self, update: int) -> None:
         try:

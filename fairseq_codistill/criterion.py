@@ -216,7 +216,7 @@ def _attach(task: Any, cfg: config.CodistillConfig) -> None:
         logger.info("codistillation: no peers are configured, so this trains alone, exactly as cross_entropy does")
         return
     frozen = lambda: _load_teachers(cfg.codistill_teacher, task)  # noqa: E731
-    hook.attach(task, _codistiller(cfg), _run(task, cfg.codistill_peers), cfg.train_subset, frozen)
+    hook.attach(task, _codistiller(cfg), _run(task, cfg), cfg.train_subset, frozen)
 
 
 def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
@@ -233,7 +233,7 @@ def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
             str(cfg.codistill_alpha_schedule), cfg.codistill_alpha, cfg.codistill_gamma, cfg.codistill_alpha_step,
             config.numbers(cfg, "codistill_milestones"), cfg.codistill_alpha_max, cfg.codistill_burn_in,
         ),
-        exchange=Exchange(open_store(cfg.codistill_dir), peer) if exchanges else None,
+        exchange=Exchange(open_store(cfg.codistill_dir), peer, restarted=config.is_restart()) if exchanges else None,
         edges=edges_of(cfg.codistill_topology, peers),
         interval=cfg.codistill_interval,
         every=cfg.codistill_every,
@@ -247,12 +247,31 @@ def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
     )  # fmt: skip
 
 
-def _run(task: Any, peers: int) -> Run:
-    dictionary = task.target_dictionary
-    if dictionary is None:
-        return Run(peers, None, None)
-    sha256 = hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
-    return Run(peers, sha256, len(dictionary))
+def _run(task: Any, cfg: config.CodistillConfig) -> Run:
+    target = task.target_dictionary
+    return Run(
+        cfg.codistill_peers,
+        None if target is None else _sha256(target),
+        None if target is None else len(target),
+        source_sha256=_sources_sha256(task),
+        interval=cfg.codistill_interval,
+        lockstep=cfg.codistill_sync,
+        seed=cfg.seed,
+    )
+
+
+def _sources_sha256(task: Any) -> Optional[str]:
+    """Of the source dictionary, or of all of a multilingual task's; None where a task has none, or will not say."""
+    try:
+        by_language = getattr(task, "dicts", None) or {"": task.source_dictionary}
+        lines = [f"{language} {_sha256(dictionary)}" for language, dictionary in sorted(by_language.items())]
+    except Exception:  # a task of somebody else's: not worth a training
+        return None
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _sha256(dictionary: Any) -> str:
+    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
 
 
 def _load_teachers(paths: Optional[str], task: Any) -> Sequence[torch.nn.Module]:

@@ -28,7 +28,8 @@ class BadSnapshot(ValueError):
 class Manifest:
     """What a peer says of its snapshot. `update`: updates done; `bytes`: the file's size; `time`: seconds since 1970,
     for people only, since no decision may rest on another machine's clock; `resumes_from`: the update at which the peer
-    would start again if it died now; `done`: its training has ended, no later snapshot will come."""
+    would start again if it died now; `done`: its training has ended, no later snapshot will come; `run`: the id of its run;
+    `structure`: see `structure`. The last two are not in the manifests of an older version."""
 
     update: int
     epoch: int
@@ -43,6 +44,8 @@ class Manifest:
     resumes_from: int = 0
     done: bool = False
     format: int = FORMAT
+    run: Optional[str] = None
+    structure: Dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> bytes:
         return sealed(dataclasses.asdict(self))
@@ -81,7 +84,7 @@ def _fields_of(data: bytes, kind: type, checks: Dict[str, Callable[[Any], bool]]
     # A later version may add fields; that is no reason to lose a teacher.
     fields = {name: value for name, value in fields.items() if name in known}
     for name, good in checks.items():
-        if name not in fields or not good(fields[name]):
+        if (name not in fields and name not in _LATER) or not good(fields.get(name, _LATER.get(name))):
             raise BadSnapshot(f"the {what}'s {name} must not be {_shown(fields, name)}")
     if not whole:
         raise BadSnapshot(f"the {what} is damaged: its digest is not that of its fields")
@@ -95,6 +98,12 @@ def _shown(fields: Dict[str, Any], name: str) -> str:
     return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else ascii(str(value)[:80])
 
 
+def plain(text: str, limit: int = 160) -> str:
+    """Text of unknown origin, fit for a terminal: short, and without control characters."""
+    shown = "".join(sign if sign.isprintable() else "?" for sign in text[:limit])
+    return shown + ("..." if len(text) > limit else "")
+
+
 def _count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
@@ -103,6 +112,11 @@ def _number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
 
 
+def is_run_id(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{8,64}", value) is not None
+
+
+_LATER: Dict[str, Any] = {"run": None, "structure": {}, "seed": None}  # fields that an older version does not write
 _CHECKS = {
     "update": lambda v: _count(v) and v < 10**9,  # nine digits of the file's name
     "epoch": _count,
@@ -116,6 +130,8 @@ _CHECKS = {
     "valid_loss": lambda v: v is None or _number(v),
     "resumes_from": _count,
     "done": lambda v: isinstance(v, bool),
+    "run": lambda v: v is None or is_run_id(v),
+    "structure": lambda v: isinstance(v, dict),
 }
 
 
@@ -131,7 +147,8 @@ def manifest_name(update: int) -> str:
 class Presence:
     """A sign of life, `peer0/alive.json`, renewed every few seconds. Only a change of `beat` proves anything: `time`
     (seconds since 1970) is by the writer's clock, which may be days off. `life`: one for each start of the process;
-    `updates`: where training ends, if known; `speed`: updates per second; `teachers`: update held of each peer."""
+    `updates`: where training ends, if known; `speed`: updates per second; `teachers`: update held of each peer; `run`: the id
+    of its run, and `seed`, both unknown of an older version."""
 
     life: str
     beat: int
@@ -144,6 +161,8 @@ class Presence:
     speed: Optional[float] = None
     teachers: Dict[str, int] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
+    run: Optional[str] = None
+    seed: Optional[int] = None
 
     def to_json(self) -> bytes:
         return sealed(dataclasses.asdict(self))
@@ -169,4 +188,6 @@ _PRESENCE_CHECKS = {
     "updates": lambda v: v is None or _count(v),
     "speed": lambda v: v is None or (_number(v) and v >= 0),
     "teachers": lambda v: isinstance(v, dict) and all(name.isdecimal() and _count(v[name]) for name in v),
+    "run": lambda v: v is None or is_run_id(v),
+    "seed": lambda v: v is None or type(v) is int,
 }

@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from .manifest import FORMAT, MANIFEST_LIMIT, BadSnapshot, Manifest, Presence
+from .manifest import FORMAT, MANIFEST_LIMIT, BadSnapshot, Manifest, Presence, plain
+from .run import PEERS_LIMIT
 from .stores import open_store
 
-PEERS_LIMIT = 4096  # a run.json that promises more is not a run's
 # Live peers beat about every 5 s, so six beats are missing. Only a word in a table rests on it: an NFS client that shows
 # a beat later than that makes a peer silent for a while, and nothing else.
 SILENT_SECONDS = 30.0
@@ -198,9 +198,3 @@ def find_exchange(address: str) -> Any:
         f"DIR must be a run's --save-dir or its exchange, but neither {plain(str(stores[0]))!r} nor its exchange/ holds a "
         "run.json; did you forget that the run has a --codistill-dir, or have its peers not begun yet?"
     )
-
-
-def plain(text: str, limit: int = 160) -> str:
-    """Text of unknown origin, fit for a terminal: short, and without control characters."""
-    shown = "".join(sign if sign.isprintable() else "?" for sign in text[:limit])
-    return shown + ("..." if len(text) > limit else "")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from .manifest import BadSnapshot, Manifest, file_name
+from .manifest import BadSnapshot, Manifest, file_name, plain
 
 _HEADER_LIMIT = 1 << 20  # bytes that names, shapes and padding may add to the weights
 _PIECE = 1 << 19  # values looked at before the next: they stay in the cache from one check to the other
@@ -239,7 +239,7 @@ def _in_any_layout(data: bytes) -> Weights:
     try:
         return load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise BadSnapshot(f"it is not a safetensors file ({str(error)[:80]})") from None
+        raise BadSnapshot(f"it is not a safetensors file ({plain(str(error), 80)})") from None
 
 
 def _check_kind(name: str, tensor: Tensor, expected: Tensor, scale: Optional[Tensor]) -> None:

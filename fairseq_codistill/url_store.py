@@ -26,6 +26,7 @@ _SLOWEST = 1e6  # bytes per second that a request may count on, beyond its fixed
 _JITTER = random.Random()  # its own, since the global one belongs to the training
 _ONE_AT_A_TIME = threading.Lock()
 _S3 = ("s3", "s3a")
+_TEMPORARY = ".tmp-"
 _NUMBERS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 412: errno.EEXIST}
 _KINDS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, FileExistsError: errno.EEXIST}
 _CONFLICTS = (409, 425, 429)  # the server asks for another try, and botocore does not make it
@@ -64,9 +65,9 @@ class UrlStore:
         retries = {"mode": "standard", "total_max_attempts": tries}
         self._fs, root = _file_system(url, {"connect_timeout": connect_s, "read_timeout": silence_s, "retries": retries})
         self._root = root.rstrip("/")
-        s3 = url.split("://")[0] in _S3
-        self._put_options: Dict[str, Any] = {"chunksize": part_bytes} if s3 else {}
-        if s3:
+        self._is_s3 = url.split("://")[0] in _S3
+        self._put_options: Dict[str, Any] = {"chunksize": part_bytes} if self._is_s3 else {}
+        if self._is_s3:
             self._fs.retries = 1  # s3fs would repeat what botocore has repeated
         self._renames = _has_rename(self._fs)
         put = self._fs._pipe_file if self._fs.async_impl else self._fs.pipe_file
@@ -109,8 +110,25 @@ class UrlStore:
             return []
         return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in found if name.strip("/") != path.strip("/")})
 
+    def sweep(self, folder: str) -> None:
+        """As `MemoryStore.sweep`; at S3 also the parts of an upload that was never completed, which cost money unseen."""
+        with contextlib.suppress(OSError):
+            for name in self.names(folder):
+                if name.startswith(_TEMPORARY):
+                    self.remove(f"{folder}/{name}")
+        if self._is_s3:
+            with contextlib.suppress(OSError, LookupError, TypeError):  # not everybody may list or abort uploads
+                bucket, _, key = self._path(folder).partition("/")
+                found = self._ask("call_s3", "list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/")
+                for upload in found.get("Uploads") or ():
+                    options = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    self._ask("call_s3", "abort_multipart_upload", **options)
+
     def claim(self, folder: str) -> bool:
         return False  # object stores have no locks
+
+    def held(self, folder: str) -> Optional[bool]:
+        return None
 
     def release(self, folder: str) -> None:
         pass
@@ -153,7 +171,7 @@ class UrlStore:
             return
         # SFTP, SMB and the like are no object stores: there a file grows under its readers, but has an atomic rename.
         folder = path.rsplit("/", 1)[0]
-        aside = f"{folder}/.tmp-{uuid.uuid4().hex}"
+        aside = f"{folder}/{_TEMPORARY}{uuid.uuid4().hex}"
         try:
             self._ask("makedirs", folder, exist_ok=True)
             self._ask("pipe_file", aside, data)

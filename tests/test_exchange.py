@@ -80,7 +80,7 @@ def test_the_first_of_several_writers_wins(store):
 
 
 def test_the_first_writer_wins_without_hard_links_too(tmp_path, monkeypatch):
-    def no_links(*_):
+    def no_links(*_, **__):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", no_links)

@@ -16,18 +16,27 @@ LAYERS = {
     "schedules": set(),
     "topology": set(),
     "manifest": set(),
+    "run": {"manifest"},
+    "others": {"manifest"},
+    "membership": {"manifest", "others", "run", "stores"},
+    "structure": {"manifest"},
     "snapshot": {"manifest"},
-    "stores": {"manifest", "url_store"},
+    "lock_file": set(),
+    "directory_store": {"lock_file", "manifest"},
+    "stores": {"directory_store", "lock_file", "manifest", "url_store"},
     "url_store": {"manifest"},
     "compat": set(),
-    "exchange": {"manifest", "snapshot", "stores"},
-    "observer": {"manifest", "stores"},
+    "exchange": {"manifest", "membership", "others", "run", "snapshot", "structure"},
+    "observer": {"manifest", "run", "stores"},
     "courier": {"exchange", "manifest", "observer", "snapshot"},
     "int8": set(),
     "replica": {"int8"},
     "fused": {"losses"},
     "output_layer": set(),
-    "codistiller": {"courier", "exchange", "int8", "manifest", "replica", "snapshot", "schedules", "topology"},
+    "codistiller": {
+        "courier", "exchange", "int8", "manifest", "replica", "snapshot", "schedules", "structure",
+        "topology",
+    },  # fmt: skip
     "hook": {"codistiller", "exchange", "schedules"},
     "config": {"losses", "schedules", "topology"},
     "criterion": {
@@ -62,7 +71,9 @@ LAYERS = {
 FOREIGN = {
     "losses": {"torch"}, "fused": {"torch"}, "output_layer": {"torch"}, "int8": {"torch"},
     "schedules": set(), "topology": set(), "snapshot": {"torch", "safetensors"}, "exchange": set(),
-    "manifest": set(), "stores": set(), "url_store": {"fsspec"}, "courier": {"torch"}, "replica": {"torch"},
+    "manifest": set(), "stores": set(), "directory_store": set(), "lock_file": set(),
+    "run": set(), "others": set(), "membership": set(), "structure": set(),
+    "url_store": {"fsspec"}, "courier": {"torch"}, "replica": {"torch"},
     "codistiller": {"torch"}, "hook": set(), "config": {"fairseq", "omegaconf"},
 }  # fmt: skip
 LIBRARIES = {"torch", "fairseq", "safetensors", "omegaconf", "numpy", "matplotlib", "rich", "fsspec", "hydra"}

@@ -26,7 +26,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill import launch, launch_checkpoint, launch_plan, launch_progress, launch_view
+from fairseq_codistill import launch, launch_checkpoint, launch_plan, launch_progress, launch_supervisor, launch_view
 
 # As the console command does it; the second argument says whether to take the terminal at stdin as one's own.
 LAUNCH = """
@@ -516,7 +516,7 @@ def test_a_log_with_any_bytes_does_no_harm(programs, capsys) -> None:
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launch.Signals() as signals:
+        with launch_supervisor.Signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
             assert signals.wait(5) == {signal.SIGTERM}

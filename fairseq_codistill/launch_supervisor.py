@@ -21,7 +21,8 @@ POLL_SECONDS = 0.25
 _OUTPUT_SECONDS = 1.0  # a reader that is stopped must not keep us from a signal
 # What ends a run: of schedulers too, and of a terminal (Ctrl-C, Ctrl-\, hanging up). All but the first as SIGTERM.
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGXCPU, signal.SIGHUP)
-# Warnings of schedulers, some time before they end a job (Slurm's --signal=USR1@60, LSF, SGE): passed on.
+# Warnings of schedulers, some time before they end a job (Slurm's --signal=USR1@60, LSF, SGE). A program that has a handler
+# gets them; fairseq has none, so there they stop the run while there is time to, and the batch script can queue it again.
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -34,8 +35,9 @@ class Signals:
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         watched = [*_STOPS, *_WARNINGS, signal.SIGCHLD]
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup ignores it: so do we
-            watched.remove(signal.SIGHUP)
+        for number in (signal.SIGHUP, *_WARNINGS):  # nohup, or a script's trap '', ignores it: so do we
+            if signal.getsignal(number) is signal.SIG_IGN:
+                watched.remove(number)
         self._before = {number: signal.signal(number, lambda *_: None) for number in watched}
         return self
 
@@ -131,9 +133,9 @@ class Supervisor:
     def _on_signal(self, number: int) -> None:
         now = time.monotonic()
         name = signal.Signals(number).name
-        if number in _WARNINGS:
-            self._pass_on(number, name)
-        elif self.stop_signal is None:
+        if number in _WARNINGS and self._pass_on(number, name):
+            return
+        if self.stop_signal is None:
             self.stop_signal = number
             self._tell(f"{name}: stopping all peers within {self.plan.grace_seconds:g} s (Ctrl-C again: at once).")
             self._begin_to_stop(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
@@ -152,12 +154,13 @@ class Supervisor:
             if peer.status is None:
                 peer.signal(number)
 
-    def _pass_on(self, number: int, name: str) -> None:
+    def _pass_on(self, number: int, name: str) -> bool:
         told = [peer for peer in self.peers if peer.status is None and peer.handles(number)]
         for peer in told:
             peer.tell(number)
-        to = f"passed on to {', '.join(peer.name for peer in told)}" if told else "no peer has a handler for it"
-        self._tell(f"{name}: {to}; training goes on.")
+        if told:
+            self._tell(f"{name}: passed on to {', '.join(peer.name for peer in told)}, and training goes on.")
+        return bool(told)
 
     def _on_end(self, peer: Peer) -> None:
         if peer.late_status:

@@ -187,9 +187,11 @@ class Supervisor:
         status = f"exit status {peer.status}{_signal_name(peer.status)}"
         head = f"{peer.name} failed with {status} after {duration(peer.seconds)}, at update {text_of(peer.progress.update)}"
         sentence, lines = launch_error.reason(peer.plan.log)
-        first = self._told.setdefault(launch_error.same_for_all(sentence), peer) if sentence else peer
-        if first is not peer:
-            return [f"{head}: as {first.name}."]
+        same = launch_error.same_for_all(sentence)
+        if same and same in self._told:
+            first = self._told[same]
+            return [f"{head}: as {'before' if first is peer else first.name}."]
+        self._told[same] = peer
         head += ":" if sentence else ". The end of its log:"
         return [head, *(f"  | {line}" for line in lines)]
 

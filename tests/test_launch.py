@@ -372,8 +372,21 @@ def test_last_lines_are_plain_and_short(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"\x1b[31mred\x1b[0m\n\n" + b"y" * 5000 + b"\n50%\r100%\n\xff\x07\n")
     lines = launch_progress.last_lines(str(tmp_path / "log"))
     assert lines == ["red", "y" * 300 + " ...", "50%", "100%", "\ufffd"]
+    (tmp_path / "log").write_text("z" * 400 + "\n" + "y" * 400)
+    assert launch_progress.last_lines(str(tmp_path / "log")) == ["z" * 300 + " ...", "y" * 400], "the last one is whole"
     (tmp_path / "log").write_text("\n".join(map(str, range(100))))
     assert launch_progress.last_lines(str(tmp_path / "log")) == [str(n) for n in range(80, 100)]
+
+
+def test_one_reason_of_all_peers_is_said_once(programs, capsys) -> None:
+    words = "ValueError: codistill_interval must be the same for all, but peer {} has another; did you forget it? " + "x" * 400
+    raised = 'Traceback (most recent call last):\n  File "x.py", line 1\n'
+    programs(f"print({raised!r} + {words!r}.format(me))\nsys.exit(1)")
+    assert launch.main("--peers 3 --max-restarts 1 -- fairseq-train D --save-dir X".split()) == 1
+    out = capsys.readouterr().out
+    assert out.count("did you forget it? " + "x" * 400 + "\n") == 1 and "Traceback" not in out
+    assert len(re.findall(r"peer(\d) failed with exit status 1 after \d+s, at update -: as (?!peer\1)peer\d\.", out)) == 4
+    assert len(re.findall(r"peer\d failed with exit status 1 after \d+s, at update -: as before\.", out)) == 1
 
 
 def test_duration_and_sparkline() -> None:

@@ -271,6 +271,8 @@ class Codistiller:
         for peer, manifest in self._share([(peer, manifest) for peer, manifest, _ in news]):
             self._take(peer, manifest, next((weights for p, _, weights in news if p == peer), None))
             self._due.remove(peer)
+        if news:
+            self._courier.holds({peer: held.manifest.update for peer, held in self._held.items()})
 
     def _wait_for_company(self) -> None:
         if self._await(lambda: all(self._look(teacher, None) for teacher in self._teachers), self.wait) or not self._leads:

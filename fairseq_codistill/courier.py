@@ -232,9 +232,12 @@ class Courier:
     def _give_sign(self) -> None:
         (update, held), now = self._progress, time.monotonic()
         self._beat += 1
-        self._course.append((now, update))
-        began, first = self._course[0]
-        speed = (update - first) / (now - began) if update > first else None
+        # An update is told at each exchange only. Speed is a mean over the last exchanges, from the first of this life on,
+        # which may not be at update 0; it falls when nothing new comes for longer than they took.
+        if self._state == "training" and update != next((of for _, of in reversed(self._course)), None):
+            self._course.append((now, update))
+        (began, first), (ended, last) = (self._course[0], self._course[-1]) if self._course else ((now, 0), (now, 0))
+        speed = (last - first) / max(ended - began, now - ended) if last > first else None
         presence = Presence(
             self._life, self._beat, self._state, host_name(), os.getpid(), self.clock(), update, self._updates, speed, held
         )
@@ -262,6 +265,10 @@ class Courier:
             logger.info(f"codistillation: at update {update}: {present}")
         except Exception as error:  # whatever it is, training must go on
             logger.info(f"codistillation: at update {update}: who is present cannot be seen: {error}")
+
+    def holds(self, held: Dict[int, int]) -> None:
+        """For the heartbeat: the update that is now held of each teacher, since the exchange that `at` told of."""
+        self._progress = (self._progress[0], {str(peer): of for peer, of in held.items()})
 
     def _count(self, **more: float) -> None:
         with self._counting:

@@ -90,14 +90,16 @@ class LogFollower:
         return max(0, self.total - self.update) / self.ups
 
 
-def last_lines(path: str, count: int = 20) -> list[str]:
-    """The end of a log, without control codes, long lines cut."""
+def last_lines(path: str, count: int = 20, cut: bool = True) -> list[str]:
+    """The end of a log, without control codes; with `cut`, all lines but the last are cut. Raises OSError."""
     from rich.text import Text
 
     with open(path, "rb") as log:
         log.seek(max(0, os.path.getsize(path) - 65536))
         lines = log.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
     plain = ["".join(filter(str.isprintable, Text.from_ansi(line.expandtabs()).plain)).rstrip() for line in lines]
+    shown = [line for line in plain if line][-count:]
     # The last words of the error matter, not another record of losses or the configuration.
-    limits = [(line, 70 if fairseq_log.RECORD.search(line) else 300) for line in plain if line]
-    return [line if len(line) <= limit else line[:limit] + " ..." for line, limit in limits[-count:]]
+    limits = [70 if fairseq_log.RECORD.search(line) else 300 for line in shown]
+    limits[-1:] = [max(limits[-1], 4000)] if limits and limits[-1] > 70 else limits[-1:]  # advice stands at the end
+    return [line if len(line) <= limit or not cut else line[:limit] + " ..." for line, limit in zip(shown, limits)]

@@ -19,6 +19,7 @@ from typing import Any
 from .launch_view import duration, text_of
 from .manifest import FORMAT
 from .observer import LIVE_STATES, SILENT_SECONDS, Age, Observer, Row, find_exchange, plain
+from .output import is_gone, tolerant_output
 
 
 def size(count: int) -> str:
@@ -210,22 +211,19 @@ def _show(observer: Observer, options: argparse.Namespace) -> None:
                 with console.capture() as drawn:  # printed by us, as rich takes a closed pipe for a failure
                     console.print(_drawing(observer, rows, options.watch, console.width))
                 print(drawn.get().rstrip("\n"), flush=True)
-            if not options.watch:
+            if not options.watch or is_gone(sys.stdout):  # `… | head`: the reader has seen enough
                 return
             time.sleep(options.seconds)
 
 
+@tolerant_output()
 def main(argv: Sequence[str]) -> int:
     """The command, without its first word. Returns its exit status; bad input is one sentence on stderr and 2."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a peer's host may have any sign, a terminal of LANG=C shows few
     try:
         options = parse_arguments(argv)
         _show(Observer(find_exchange(options.dir)), options)
     except KeyboardInterrupt:
         pass
-    except BrokenPipeError:  # `… | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"codistill-launch status: {plain(str(error), 600)}", file=sys.stderr)
         return 2

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import sys
+import termios
 import time
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -11,6 +14,7 @@ from typing import Any, Optional
 from .launch_peer import Peer
 from .launch_plan import Plan
 
+BAR_WIDTH = 40  # at most; the numbers beside it say more
 PLAIN_SECONDS = 10.0  # without a terminal, a peer reports at most this often between validations
 
 
@@ -36,6 +40,14 @@ def sparkline(values: Sequence[float], width: int = 10) -> str:
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low or 1.0))] for value in shown)
 
 
+def staleness_text(updates: Optional[float]) -> str:
+    """How many updates old the teachers are; a teacher that is further than its pupil is ahead."""
+    if updates is None:
+        return "-"
+    rounded = round(updates)
+    return f"{-rounded} ahead" if rounded < 0 else str(rounded)
+
+
 def progress_line(peer: Peer) -> str:
     """One peer's progress as plain words, only what its log has told."""
     seen = peer.progress
@@ -45,7 +57,7 @@ def progress_line(peer: Peer) -> str:
     parts += [f"loss {seen.train_nll:.3f}"] if seen.train_nll is not None else []
     parts += [f"valid nll {seen.valid_nll:.3f} (best {seen.best_valid_nll:.3f})"] if seen.validations else []
     parts += [f"alpha {seen.alpha:.3g}"] if seen.alpha is not None else []
-    parts += [f"staleness {seen.staleness:.0f}"] if seen.staleness is not None else []
+    parts += [f"staleness {staleness_text(seen.staleness)}"] if seen.staleness is not None else []
     parts += [f"agreement {seen.agreement:.0%}"] if seen.agreement is not None else []
     parts += [f"{seen.ups:.3g} updates/s, {duration(seen.seconds_left)} left"] if seen.ups else []
     return " | ".join(parts)
@@ -81,6 +93,31 @@ class PlainView:
                 self.tell(f"{time.strftime('%H:%M:%S')} {progress_line(peer)}")
 
 
+class QuietTerminal:
+    """Within it the terminal does not echo what is typed: a ^C behind the table would move it, and leave a line of it."""
+
+    def __enter__(self) -> QuietTerminal:
+        self._before: Any = None
+        with contextlib.suppress(OSError, ValueError, termios.error):  # stdin may be something else
+            self._before = termios.tcgetattr(sys.stdin.fileno())
+            quiet = termios.tcgetattr(sys.stdin.fileno())
+            quiet[3] &= ~termios.ECHO
+            self._set(quiet)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            with contextlib.suppress(OSError, ValueError, termios.error):
+                self._set(self._before)
+            self._before = None
+
+    @staticmethod
+    def _set(attributes: list[Any]) -> None:
+        # From the background a change would stop the whole job.
+        if os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
+            termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, attributes)
+
+
 class LiveView(PlainView):
     """A table of all peers that is drawn anew in its place; what happens once is printed above it."""
 
@@ -95,13 +132,16 @@ class LiveView(PlainView):
         self.is_utf8 = self.console.encoding.startswith("utf")
         self._spinners: dict[str, Any] = {}
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
+        self._terminal = QuietTerminal()
 
     def __enter__(self) -> LiveView:
+        self._terminal.__enter__()
         self._live.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._live.__exit__(None, None, None)
+        self._terminal.__exit__(None, None, None)
 
     def tell(self, text: str, is_error: bool = False) -> None:
         from rich.text import Text
@@ -111,23 +151,28 @@ class LiveView(PlainView):
 
     def update(self, peers: Sequence[Peer]) -> None:
         from rich import box
+        from rich.cells import cell_len
         from rich.markup import escape
         from rich.panel import Panel
 
         elapsed = duration(time.monotonic() - self.began)
         title = f"codistill-launch · {len(peers)} peer{'s' if len(peers) > 1 else ''} · {elapsed}"
-        subtitle = escape(f"tail -f {self.plan.run_dir}/peer*/train.log · Ctrl-C stops all")
-        panel = Panel(self._table(peers), title=title, subtitle=subtitle, box=box.ROUNDED, border_style="dim")
+        table = self._table(peers)
+        # As wide as the table needs it, and never cut in the middle of the path.
+        width = min(self.console.width, max(self.console.measure(table).maximum, len(title) + 2) + 4)
+        told = (f"tail -f {shlex.quote(self.plan.run_dir)}/peer*/train.log · Ctrl-C stops all", "Ctrl-C stops all")
+        subtitle = escape(told[cell_len(told[0]) > width - 4])
+        panel = Panel(table, title=title, subtitle=subtitle, width=width, box=box.ROUNDED, border_style="dim")
         self._live.update(panel, refresh=True)
 
     def _table(self, peers: Sequence[Peer]) -> Any:
         from rich.table import Table
 
         columns = [column for column in self._columns(peers) if column[1] <= self.console.width]
-        table = Table(box=None, expand=True, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         for name, _, _ in columns:
             justify = "left" if name in ("peer", "state", "progress", "") else "right"
-            table.add_column(name, justify=justify, ratio=1 if name == "progress" else None, no_wrap=True)
+            table.add_column(name, justify=justify, no_wrap=True, max_width=BAR_WIDTH if name == "progress" else None)
         for peer in peers:
             table.add_row(*(cell(peer) for _, _, cell in columns))
         return table
@@ -149,7 +194,7 @@ class LiveView(PlainView):
             ("best", 100, lambda peer: text_of(peer.progress.best_valid_nll, ".3f")),
             ("", 120 if self.is_utf8 else sys.maxsize, lambda peer: sparkline(peer.progress.validations)),
             ("alpha", logged("alpha"), lambda peer: text_of(peer.progress.alpha, ".3g")),
-            ("stale", max(80, logged("staleness")), lambda peer: text_of(peer.progress.staleness, ".0f")),
+            ("stale", max(80, logged("staleness")), lambda peer: staleness_text(peer.progress.staleness)),
             ("agree", max(100, logged("agreement")), lambda peer: text_of(peer.progress.agreement, ".0%")),
             ("upd/s", 110, lambda peer: text_of(peer.progress.ups, ".3g")),
             ("left", 0, lambda peer: duration(peer.progress.seconds_left)),
@@ -185,21 +230,31 @@ class LiveView(PlainView):
 
 def print_summary(plan: Plan, peers: Sequence[Peer]) -> None:
     """How each peer ended, where its log is, and what to do next."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    plain = {} if sys.stdout.isatty() else {"force_terminal": False, "color_system": None, "width": 160}
+    # In a pipe or a file a row is a line, however long.
+    plain = {} if sys.stdout.isatty() else {"force_terminal": False, "color_system": None, "width": 1000}
     console = Console(highlight=False, markup=False, **plain)
-    table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD)
-    for name in ("peer", "status", "updates", "best valid nll", "restarts", "time", "log"):
-        table.add_column(name, justify="left" if name in ("status", "log") else "right", overflow="fold")
-    for peer in peers:
-        best, update = text_of(peer.progress.best_valid_nll, ".3f"), text_of(peer.progress.update)
-        row = (peer.plan.index, peer.state, update, best, peer.restarts, duration(peer.seconds), peer.plan.log)
-        table.add_row(*map(str, row))
-    console.print(table)
+    table = _summary(peers, bool(plain), with_logs=True)
+    has_room = console.measure(table).maximum <= console.width
+    console.print(table if has_room else _summary(peers, bool(plain), with_logs=False))
+    if not has_room:  # a path that is broken over lines cannot be copied
+        console.print(f"Logs:  {shlex.quote(plan.run_dir)}/peer*/train.log", soft_wrap=True)
     if any(peer.stopping and peer.progress.update for peer in peers):
         console.print("The same command again goes on from the last checkpoints.", soft_wrap=True)
     if any(peer.progress.validations for peer in peers):
         console.print(f"Table and curves:  codistill-report {shlex.quote(plan.run_dir)}", soft_wrap=True)
+
+
+def _summary(peers: Sequence[Peer], is_ascii: bool, with_logs: bool) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.ASCII2 if is_ascii else box.SIMPLE_HEAD)
+    for name in ("peer", "status", "updates", "best valid nll", "restarts", "time", "log")[: 7 if with_logs else 6]:
+        table.add_column(name, justify="left" if name in ("status", "log") else "right", no_wrap=name == "log")
+    for peer in peers:
+        best, update = text_of(peer.progress.best_valid_nll, ".3f"), text_of(peer.progress.update)
+        row = (peer.plan.index, peer.state, update, best, peer.restarts, duration(peer.seconds), peer.plan.log)
+        table.add_row(*map(str, row[: 7 if with_logs else 6]))
+    return table

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .output import tolerant_output
 from .report_figure import draw
 from .report_files import ReportError, load_methods, split_label
 from .report_notes import notes, some
@@ -60,6 +61,7 @@ def write(report: Report, out: Path) -> None:
         raise ReportError(f"--out must be a folder that can be written, but {out} is not: {error.strerror}.") from None
 
 
+@tolerant_output()  # `codistill-report … | head`: the files are written all the same
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     try:
@@ -72,8 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             show(report)
         print(f"\nwritten to {out}: table.md, results.json, curves.png", flush=True)
-    except BrokenPipeError:  # `codistill-report … | head`: the reader has seen enough, and the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ReportError as error:
         print(f"codistill-report: error: {error}", file=sys.stderr)
         return 2

@@ -60,6 +60,16 @@ def test_a_peer_teaches_from_its_first_snapshot_on(caplog):
     assert caplog.text.count("peer 1: it has published nothing in memory yet") == 1
 
 
+def test_the_heartbeat_tells_at_once_from_whom_a_resumed_peer_learns():
+    store = MemoryStore()
+    me, other = codistiller(store, 0), codistiller(store, 1)
+    train(other, 5)
+    me.teaching(6)  # resumed between two exchanges
+    me._courier._give_sign()
+    presence = me.exchange.presence(0)
+    assert (presence.update, presence.teachers) == (6, {"1": 4})
+
+
 def test_a_snapshot_of_update_zero_does_not_teach():
     store = MemoryStore()
     me, other = codistiller(store, 0), codistiller(store, 1)

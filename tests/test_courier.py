@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -233,7 +234,28 @@ def test_signs_of_life():
     me.stop("ended")
     last = me.exchange.presence(0)
     assert (last.state, last.update, last.teachers) == ("ended", 20, {"1": 10})
-    assert last.beat > first.beat and last.life == first.life and last.speed > 0
+    assert last.beat > first.beat and last.life == first.life
+
+
+def test_the_speed_is_of_this_life_and_of_updates_that_were_seen(monkeypatch):
+    """After a resume the updates of the life before do not count, nor does the time between two exchanges go unseen."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Courier, "_tell_of_company", lambda *_: None)
+    me = courier(MemoryStore(), 0)
+
+    def speed(seconds, *exchange):
+        now[0] += seconds
+        if exchange:
+            me.at(*exchange)
+        me._give_sign()
+        return me.exchange.presence(0).speed
+
+    assert speed(0) is None and speed(9, 24_000, {}) is None, "it began at update 24,000"
+    assert speed(5) is None and speed(45, 24_100, {}) == 2.0
+    assert [speed(5) for _ in range(8)] == [2.0] * 8, "the next exchange is due only at 24,200"
+    assert speed(10, 24_200, {}) == 2.0
+    assert speed(200) == 1.0, "nothing new for twice as long as the last exchanges took"
 
 
 class NoLocks(MemoryStore):

@@ -6,7 +6,9 @@ The peers here are tiny scripts that print what fairseq prints; they show by fil
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import io
 import json
 import os
 import pty
@@ -26,7 +28,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill import launch, launch_checkpoint, launch_plan, launch_progress, launch_view
+from fairseq_codistill import (
+    launch,
+    launch_checkpoint,
+    launch_guard,
+    launch_peer,
+    launch_plan,
+    launch_progress,
+    launch_supervisor,
+    launch_view,
+)  # fmt: skip
 
 # As the console command does it; the second argument says whether to take the terminal at stdin as one's own.
 LAUNCH = """
@@ -361,8 +372,21 @@ def test_last_lines_are_plain_and_short(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"\x1b[31mred\x1b[0m\n\n" + b"y" * 5000 + b"\n50%\r100%\n\xff\x07\n")
     lines = launch_progress.last_lines(str(tmp_path / "log"))
     assert lines == ["red", "y" * 300 + " ...", "50%", "100%", "\ufffd"]
+    (tmp_path / "log").write_text("z" * 400 + "\n" + "y" * 400)
+    assert launch_progress.last_lines(str(tmp_path / "log")) == ["z" * 300 + " ...", "y" * 400], "the last one is whole"
     (tmp_path / "log").write_text("\n".join(map(str, range(100))))
     assert launch_progress.last_lines(str(tmp_path / "log")) == [str(n) for n in range(80, 100)]
+
+
+def test_one_reason_of_all_peers_is_said_once(programs, capsys) -> None:
+    words = "ValueError: codistill_interval must be the same for all, but peer {} has another; did you forget it? " + "x" * 400
+    raised = 'Traceback (most recent call last):\n  File "x.py", line 1\n'
+    programs(f"print({raised!r} + {words!r}.format(me))\nsys.exit(1)")
+    assert launch.main("--peers 3 --max-restarts 1 -- fairseq-train D --save-dir X".split()) == 1
+    out = capsys.readouterr().out
+    assert out.count("did you forget it? " + "x" * 400 + "\n") == 1 and "Traceback" not in out
+    assert len(re.findall(r"peer(\d) failed with exit status 1 after \d+s, at update -: as (?!peer\1)peer\d\.", out)) == 4
+    assert len(re.findall(r"peer\d failed with exit status 1 after \d+s, at update -: as before\.", out)) == 1
 
 
 def test_duration_and_sparkline() -> None:
@@ -486,6 +510,67 @@ def test_a_checkpoint_that_the_command_names_is_left_alone(programs, tmp_path: P
     assert last.stat().st_size == 500
 
 
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch):
+    """Copies end half-way, as on a disk without room, until the test says otherwise."""
+
+    def copyfile(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:300])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+
+
+def contents(folder: Path) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "train.log"}
+
+
+def test_a_full_disk_does_not_begin_a_training_anew(programs, tmp_path: Path, capsys, full_disk) -> None:
+    """A torn checkpoint that cannot be replaced stays, and its peer does not start; the others do."""
+    last = torn_checkpoint(tmp_path / "X" / "peer0", 500)
+    before = contents(last.parent)
+    assert launch.main("--peers 2 --max-restarts 3 -- fairseq-train D --save-dir X".split()) == 1
+    out = capsys.readouterr().out
+    assert contents(last.parent) == before, "all is as it was"
+    assert not list(tmp_path.glob("start0.*")) and (tmp_path / "start1.0").exists()
+    assert re.search(r"peer0 is not started: X/peer0/checkpoint_last.pt is torn .*: No space left on device; did the disk", out)
+    assert re.search(r"0 \| not started", out) and re.search(r"1 \| finished", out)
+    assert launch_checkpoint.main([str(last.parent)]) == launch_checkpoint.REFUSED == 3
+    assert "is torn" in capsys.readouterr().err and contents(last.parent) == before
+
+
+def test_a_rename_that_fails_is_taken_back(tmp_path: Path, monkeypatch) -> None:
+    last = torn_checkpoint(tmp_path / "X", 500)
+    before = contents(last.parent)
+    replace = os.replace
+
+    def failing(source, target):
+        if str(source).endswith(".mended"):
+            raise OSError(errno.EIO, "a bad moment")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(ValueError, match="a bad moment"):
+        launch_checkpoint.mend(str(last.parent))
+    assert contents(last.parent) == before
+
+
+def test_a_mending_that_was_cut_short_is_completed(tmp_path: Path) -> None:
+    """Also one of an earlier version, which moved the torn file away first."""
+    last = torn_checkpoint(tmp_path / "X", 500)
+    last.rename(f"{last}.torn")
+    assert launch_checkpoint.mend(str(last.parent)).endswith("the training goes on from checkpoint_1_10.pt.")
+    assert torch.load(last) == {"update": "1_10"} and launch_checkpoint.mend(str(last.parent)) is None
+
+
+def test_a_training_that_was_begun_anew_is_not_mended_from_nothing(tmp_path: Path) -> None:
+    last = torn_checkpoint(tmp_path / "X", 500)
+    last.rename(f"{last}.torn")
+    for other in last.parent.glob("*.pt"):
+        other.unlink()
+    assert launch_checkpoint.mend(str(last.parent)) is None and not last.exists()
+
+
 def test_status_is_the_first_failures_and_a_signals_is_128_more(programs, tmp_path: Path, capsys) -> None:
     programs(
         "if me == 1:\n    write('pid1', os.getpid())\n    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -495,6 +580,31 @@ def test_status_is_the_first_failures_and_a_signals_is_128_more(programs, tmp_pa
     assert launch.main("--peers 2 -- fairseq-train".split()) == 137
     out = capsys.readouterr().out
     assert "peer1 failed with exit status 137 (SIGKILL)" in out and "peer0 failed with exit status 4 after" in out
+
+
+DONE = "log('fairseq_cli.train', 'done training in 3.2 seconds')\nsys.stdout.flush()\n"
+
+
+def test_a_training_that_is_complete_did_not_fail(programs, tmp_path: Path, capsys) -> None:
+    """Python may abort as it ends (a thread of fairseq's data): the last checkpoint is written, there is nothing to repeat."""
+    programs(TRAINING + DONE + "os.abort()")
+    assert launch.main("--peers 1 --max-restarts 2 -- fairseq-train D --save-dir X".split()) == 0
+    out = capsys.readouterr().out
+    assert "peer0 ended with exit status 134 (SIGABRT) after its training was complete; it counts as finished." in out
+    assert re.search(r"0 \| finished", out) and not list(tmp_path.glob("start0.1")) and "failed" not in out
+
+
+def test_done_training_must_be_the_last_word(programs, capsys) -> None:
+    command = "--peers 1 -- fairseq-train D --save-dir X".split()
+    programs(DONE)
+    assert launch.main(command) == 0
+    programs("sys.exit(4)")  # after the words of the start before
+    assert launch.main(command) == 4
+    programs(DONE + TRAINING + "sys.stdout.flush()\nsys.exit(5)")  # a sweep goes on with its next training
+    assert launch.main(command) == 5
+    words = "2025-11-21 | INFO | fairseq_cli.train | done training in 3.2 seconds"
+    # Another program's exit status may be that of what comes after the training.
+    assert launch.main(["--peers", "1", "--log-dir", "Y", "--", "sh", "-c", f"echo '{words}'; exit 6"]) == 6
 
 
 def test_any_other_program_gets_its_environment(programs, tmp_path: Path, capsys) -> None:
@@ -516,7 +626,7 @@ def test_a_log_with_any_bytes_does_no_harm(programs, capsys) -> None:
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launch.Signals() as signals:
+        with launch_supervisor.Signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
             assert signals.wait(5) == {signal.SIGTERM}
@@ -546,7 +656,8 @@ while True: signal.pause()
 
 
 def start(*argv: str, terminal: str = "pipe", **kwargs) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", LAUNCH, terminal, *argv], **kwargs)
+    """With no GPUs, as counting them takes torch and its seconds."""
+    return subprocess.Popen([sys.executable, "-c", LAUNCH, terminal, "--gpus-per-peer", "0", *argv], **kwargs)
 
 
 def test_sigterm_leaves_no_process(programs, tmp_path: Path) -> None:
@@ -562,6 +673,168 @@ def test_sigterm_leaves_no_process(programs, tmp_path: Path) -> None:
     assert "failed" not in out and not list(tmp_path.glob("start*.1"))
     assert (tmp_path / "saved").exists()  # the grace is for a peer's every process, not only the first
     until(lambda: not any(map(is_alive, pids)), 5)
+
+
+WAITING = "write(f'pid{me}', os.getpid())\nwhile True: time.sleep(0.05)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP])
+def test_whatever_a_scheduler_sends_stops_all_in_order(programs, tmp_path: Path, number: int) -> None:
+    programs("def on_term(*_):\n    write(f'term{me}')\n    sys.exit(0)\nsignal.signal(signal.SIGTERM, on_term)\n" + WAITING)
+    launcher = start(*"--peers 2 -- fairseq-train".split(), stdout=subprocess.PIPE, text=True)
+    pids = pids_of(tmp_path, 2)
+    # A scheduler may send it to every process of the job; fairseq has no handler for these two, and does not die of them.
+    if number in (signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(pids[0], number)
+    launcher.send_signal(number)
+    out, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 128 + number and f"{signal.Signals(number).name}: stopping all peers" in out
+    assert (tmp_path / "term0").exists() and (tmp_path / "term1").exists() and not any(map(is_alive, pids))
+
+
+def test_a_warning_reaches_the_peer_that_handles_it(programs, tmp_path: Path) -> None:
+    """A fork of fairseq that saves its work at SIGUSR1 gets it, also through nice; the others train on."""
+    programs("if me == 1: signal.signal(signal.SIGUSR1, lambda *_: write('warned'))\n" + WAITING)
+    launcher = start(*"--peers 2 -- nice fairseq-train".split(), stdout=subprocess.PIPE, text=True)
+    pids = pids_of(tmp_path, 2)
+    launcher.send_signal(signal.SIGUSR1)
+    until((tmp_path / "warned").exists)
+    assert all(map(is_alive, pids))
+    launcher.terminate()
+    out, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 143 and "SIGUSR1: passed on to peer1, and training goes on." in out
+
+
+def test_a_killed_launcher_leaves_no_process(programs, tmp_path: Path) -> None:
+    """SIGKILL, of an out-of-memory killer for example: peers, and what they started, get SIGTERM and their grace."""
+    programs(STUBBORN)
+    launcher = start(*"--peers 2 --grace 1 -- fairseq-train".split(), stdout=subprocess.DEVNULL)
+    pids = pids_of(tmp_path, 4)
+    launcher.kill()
+    launcher.wait(30)
+    until(lambda: not any(map(is_alive, pids)), 10)
+    assert (tmp_path / "saved").exists()
+
+
+def test_the_guard_leaves_others_alone(tmp_path: Path) -> None:
+    """What has ended before the launcher is not signalled: its number may be another process's by now."""
+    sleepers = [subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(2)]
+    ended, left = (sleeper.pid for sleeper in sleepers)
+    launch_guard.watch(io.BytesIO(f"{ended}\n{left}\n-{ended}\nnonsense\n0\n1\n-1\n".encode()), 0.0)
+    assert sleepers[1].wait(5) < 0 and sleepers[0].poll() is None
+    sleepers[0].kill()
+    sleepers[0].wait(5)
+
+
+def test_without_a_guard_peers_start_all_the_same(programs, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no python"))
+    assert launch.main("--peers 2 -- fairseq-train".split()) == 0
+    assert len(list(tmp_path.glob("start*"))) == 2
+
+
+def test_a_guard_that_was_killed_does_no_harm(programs, tmp_path: Path, monkeypatch) -> None:
+    enter = launch_guard.Guard.__enter__
+
+    def killed(guard):
+        enter(guard)._process.kill()
+        guard._process.wait(5)
+        return guard
+
+    monkeypatch.setattr(launch_guard.Guard, "__enter__", killed)
+    assert launch.main("--peers 2 -- fairseq-train".split()) == 0
+    assert len(list(tmp_path.glob("start*"))) == 2
+
+
+# ------------------------------------------------------------------------ faults of the launcher's own, and of its output
+
+
+def test_output_that_cannot_be_written_costs_no_peer(programs, tmp_path: Path) -> None:
+    """The reader of stdout goes away (`| head`), and stderr is a full disk; the peers end as they would have."""
+    programs("if me == 1: sys.exit(3)\nwhile not (here / 'go').exists(): time.sleep(0.01)\n" + TRAINING)
+    reader, writer = os.pipe()
+    with open("/dev/full", "w") as full:
+        launcher = start(*"--peers 2 -- fairseq-train --save-dir X".split(), stdout=writer, stderr=full)
+    os.close(writer)
+    until(lambda: (tmp_path / "start1.0").exists())
+    os.close(reader)
+    (tmp_path / "go").touch()
+    assert launcher.wait(30) == 3, "the status of the peer that failed, not of a pipe that broke"
+    assert "valid_nll_loss" in (tmp_path / "X/peer0/train.log").read_text()
+
+
+def test_a_full_disk_under_stdout_costs_no_peer(programs, tmp_path: Path) -> None:
+    programs(TRAINING)
+    with open("/dev/full", "w") as full:
+        assert start(*"--peers 2 -- fairseq-train".split(), stdout=full, stderr=full).wait(60) == 0
+
+
+def test_a_closed_stdout_costs_no_peer(programs, tmp_path: Path) -> None:
+    programs(TRAINING)
+    words = [sys.executable, "-c", LAUNCH, "pipe", *"--gpus-per-peer 0 --peers 2 -- fairseq-train".split()]
+    assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *words], timeout=60).returncode == 0
+
+
+def test_a_reader_that_stands_still_does_not_keep_signals_away(programs, tmp_path: Path) -> None:
+    """`| less`, or Ctrl-S: the launcher must still hear that it is to stop."""
+    programs("if me == 1: print('x' * 60000); sys.exit(1)\n" + WAITING)
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    launcher = start(*"--peers 2 --max-restarts 9 -- fairseq-train".split(), stdout=writer)
+    os.close(writer)
+    until(lambda: (tmp_path / "start1.9").exists())
+    launcher.terminate()
+    until(lambda: not is_alive(int((tmp_path / "pid0").read_text())))
+    os.close(reader)
+    assert launcher.wait(30) == 143
+
+
+class Broken(launch_view.PlainView):
+    def tell(self, text: str, is_error: bool = False) -> None:
+        raise RuntimeError("no such glyph")
+
+    def update(self, peers: list) -> None:
+        raise RuntimeError("no such glyph")
+
+
+def test_a_view_that_fails_is_left_out(programs, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(launch, "PlainView", Broken)
+    assert launch.main("--peers 2 -- fairseq-train".split()) == 0
+    assert len(list(tmp_path.glob("start*"))) == 2
+    assert "note: the live view has failed (RuntimeError: no such glyph); plain lines follow." in capsys.readouterr().out
+
+
+def test_a_fault_of_the_launchers_stops_peers_with_their_grace(programs, tmp_path: Path, monkeypatch, capsys) -> None:
+    programs("def on_term(*_):\n    time.sleep(0.3)\n    write(f'term{me}')\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, on_term)\n" + WAITING)  # fmt: skip
+    wait = launch_supervisor.Signals.wait
+
+    def failing(signals, seconds: float) -> set:
+        if len(list(tmp_path.glob("pid*[!~]"))) == 2 and not failed:
+            failed.append(True)
+            raise OSError("out of descriptors")
+        return wait(signals, seconds)
+
+    failed: list = []
+    monkeypatch.setattr(launch_supervisor.Signals, "wait", failing)
+    assert launch.main("--peers 2 -- fairseq-train".split()) == 1
+    assert (tmp_path / "term0").exists() and (tmp_path / "term1").exists(), "SIGTERM and time, rather than SIGKILL"
+    assert not any(map(is_alive, pids_of(tmp_path, 2)))
+    err = capsys.readouterr().err
+    assert "out of descriptors" in err and err.endswith("the fault above is its own; all peers were stopped with SIGTERM.\n")
+
+
+def test_a_peer_for_which_there_is_no_process(programs, tmp_path: Path, monkeypatch, capsys) -> None:
+    start_peer = launch_peer.Peer.start
+
+    def failing(peer) -> None:
+        if peer.plan.index == 0:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        start_peer(peer)
+
+    monkeypatch.setattr(launch_peer.Peer, "start", failing)
+    assert launch.main("--peers 2 -- fairseq-train".split()) == 1
+    assert "peer0 is not started: [Errno 11] Resource temporarily unavailable" in capsys.readouterr().out
+    assert (tmp_path / "start1.0").exists()
 
 
 def test_second_ctrl_c_kills_at_once(programs, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ class CodistillConfig(FairseqDataclass):
     model_parallel_size: int = II("common.model_parallel_size")
     train_subset: str = II("dataset.train_subset")
     max_update: int = II("optimization.max_update")
+    seed: int = II("common.seed")
 
 
 def read_environment(cfg: CodistillConfig) -> CodistillConfig:

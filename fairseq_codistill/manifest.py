@@ -28,7 +28,8 @@ class BadSnapshot(ValueError):
 class Manifest:
     """What a peer says of its snapshot. `update`: updates done; `bytes`: the file's size; `time`: seconds since 1970,
     for people only, since no decision may rest on another machine's clock; `resumes_from`: the update at which the peer
-    would start again if it died now; `done`: its training has ended, no later snapshot will come."""
+    would start again if it died now; `done`: its training has ended, no later snapshot will come; `options`: those that
+    decide α, for the peer itself when it resumes."""
 
     update: int
     epoch: int
@@ -42,6 +43,7 @@ class Manifest:
     valid_loss: Optional[float] = None
     resumes_from: int = 0
     done: bool = False
+    options: Dict[str, Any] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
 
     def to_json(self) -> bytes:

@@ -22,13 +22,20 @@ LAYERS = {
     "compat": set(),
     "exchange": {"manifest", "snapshot", "stores"},
     "observer": {"manifest", "stores"},
-    "courier": {"exchange", "manifest", "observer", "snapshot"},
+    "worker": set(),
+    "courier": {"exchange", "manifest", "observer", "snapshot", "worker"},
     "int8": set(),
     "replica": {"int8"},
     "fused": {"losses"},
     "output_layer": set(),
-    "codistiller": {"courier", "exchange", "int8", "manifest", "replica", "snapshot", "schedules", "topology"},
-    "hook": {"codistiller", "exchange", "schedules"},
+    "group": set(),
+    "codistiller": {
+        "courier", "exchange", "group", "int8", "manifest", "replica", "snapshot", "schedules", "topology", "worker",
+    },  # fmt: skip
+    "wrapping": set(),
+    "ending": set(),
+    "data_order": {"schedules", "wrapping"},
+    "hook": {"codistiller", "data_order", "ending", "exchange", "wrapping"},
     "config": {"losses", "schedules", "topology"},
     "criterion": {
         "config", "hook", "codistiller", "exchange", "fused", "losses", "output_layer", "stores", "topology",
@@ -63,7 +70,8 @@ FOREIGN = {
     "losses": {"torch"}, "fused": {"torch"}, "output_layer": {"torch"}, "int8": {"torch"},
     "schedules": set(), "topology": set(), "snapshot": {"torch", "safetensors"}, "exchange": set(),
     "manifest": set(), "stores": set(), "url_store": {"fsspec"}, "courier": {"torch"}, "replica": {"torch"},
-    "codistiller": {"torch"}, "hook": set(), "config": {"fairseq", "omegaconf"},
+    "codistiller": {"torch"}, "group": {"torch"}, "hook": set(), "worker": set(), "wrapping": set(), "ending": set(),
+    "data_order": set(), "config": {"fairseq", "omegaconf"},
 }  # fmt: skip
 LIBRARIES = {"torch", "fairseq", "safetensors", "omegaconf", "numpy", "matplotlib", "rich", "fsspec", "hydra"}
 

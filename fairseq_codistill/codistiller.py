@@ -17,15 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import group
 from .courier import Courier
 from .exchange import SILENT_SECONDS, Exchange, Run
 from .int8 import load
 from .manifest import BadSnapshot, Manifest
 from .replica import freeze, replica
-from .schedules import alpha_at
+from .schedules import AlphaSchedule
 from .snapshot import Weights, fingerprint, tensors_of
 from .structure import structure
 from .topology import Edge, learners_of, teachers_of
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -33,26 +35,8 @@ LOCKSTEP_WAIT = 600.0  # seconds; in lockstep a peer that is this late is taken 
 _LOOK_AGAIN = 0.05  # seconds between looks at the exchange while waiting; other machines cannot wake us
 _SLICE = 30.0  # seconds after which waiting ranks hear from rank 0, far below what a process group takes for a hang
 _LATE_LOOKS = 10  # looks in an interval for a snapshot that was not there when the exchange was due
-_LAST_PUBLISH = 300.0  # seconds to wait for the storage when training has ended
-
-
-@dataclass(frozen=True)
-class AlphaSchedule:
-    """The options that decide α; see `schedules`."""
-
-    name: str = "constant"
-    alpha: float = 1.0
-    gamma: float = 1.1
-    step: float = 0.5
-    milestones: Sequence[float] = ()
-    maximum: Optional[float] = None
-    burn_in: int = 0
-
-    def at(self, epoch: int, update: int) -> float:
-        return alpha_at(
-            self.name, epoch, update, alpha=self.alpha, gamma=self.gamma, step=self.step,
-            milestones=self.milestones, maximum=self.maximum, burn_in=self.burn_in,
-        )  # fmt: skip
+_ANSWER = 300.0  # seconds for the storage to answer before training begins
+_READ = 60.0  # seconds to wait for the teachers' snapshots where the exchange goes on in the background
 
 
 @dataclass(frozen=True)
@@ -132,6 +116,8 @@ class Codistiller:
         self._held: Dict[int, _Held] = {}
         self._due: List[int] = []  # teachers of whom nothing new has come since the exchange was due
         self._courier: Optional[Courier] = None  # rank 0's alone
+        self._mine = Worker()  # for my own folder of the exchange
+        self._missed: Dict[int, Any] = {}  # teachers that missed a meeting, and their last sign of life then
         self._exchanged: Optional[float] = None  # when, by time.monotonic
         self._checkpoints = (0, 0)  # updates of the last checkpoint but one, and of the last
         self._left = False
@@ -139,15 +125,23 @@ class Codistiller:
     # What the hook tells.
 
     def join(self, run: Run) -> None:
-        """Before training: agree with the other peers on the run. Raises ValueError, in one sentence."""
-        if self._leads and self.exchange is not None:
-            self.exchange.join(run)
+        """Before training: agree with the other peers on the run. Raises ValueError, in one sentence, on every rank."""
+        if self.exchange is not None:
+            group.by_rank_0(lambda: self._ask_mine(self.exchange.join, run))
+
+    def load_frozen(self, load: Callable[[], Sequence[nn.Module]]) -> None:
+        """Before training: load the offline teachers, on every rank. Raises on all where it fails on one."""
+        self.frozen = group.by_all(load)
 
     def begin_epoch(self, epoch: int, model: nn.Module) -> None:
         """`model`: the unwrapped one, on its device and in its dtype."""
         self.epoch, self._model = epoch, model
+        if self.frozen:
+            group.by_all(self._freeze)
+
+    def _freeze(self) -> None:
         for teacher in self.frozen:
-            freeze(teacher, next(model.parameters()).device, self.peer_dtype, _dtype_of(model))
+            freeze(teacher, next(self._model.parameters()).device, self.peer_dtype, _dtype_of(self._model))
 
     def checkpointed(self) -> None:
         """A checkpoint is being written. Only the one before it is sure to be whole, should I be killed now."""
@@ -182,34 +176,75 @@ class Codistiller:
         if self._courier is not None:
             self._courier.drain(seconds)
 
+    @property
+    def may_be_complete(self) -> bool:
+        """Training has begun, and has come to --max-update, if there is one."""
+        return self._update is not None and (self.updates is None or self._update + 1 >= self.updates)
+
     def end(self, completed: bool) -> None:
         """Training is over: publish the last weights, so that a slower peer still has a teacher, and leave."""
         if self._left or self.exchange is None or not self._leads:
             return
         self._left = True
-        if self._courier is not None:
-            self._courier.drain(_LAST_PUBLISH)
-            if completed:
-                self._publish(self._update + 1, done=True)
-                self._courier.drain(_LAST_PUBLISH)
-            self._courier.totals.updates = self._update + 1 - self._started
-            self._courier.stop("ended" if completed else "stopped")
-        self.exchange.leave()
+        if self._courier is None:
+            with contextlib.suppress(OSError):
+                self._mine.ask(self.exchange.leave, seconds=1.0)
+            return
+        self._courier.totals.updates = self._update + 1 - self._started
+        publish_last = lambda: self._publish(self._update + 1, done=True) if completed else None  # noqa: E731
+        self._courier.end("ended" if completed else "stopped", publish_last)
 
     # The exchange. Every rank of a group goes through it; only rank 0 has a courier.
 
     def _begin(self, update: int) -> None:
         self._checkpoints = (update, update)  # what I resumed from is there
         self._started = update
-        if self._leads:
-            architecture = fingerprint(self._model)
-            self.exchange.begin(update, architecture, structure(self._model))
-            wire = self.wire_dtype or (torch.bfloat16 if _dtype_of(self._model) == torch.float32 else None)
-            self._courier = Courier(
-                self.exchange, self._teachers, architecture, tensors_of(self._model), wire,
-                self.in_background and not self.lockstep, self.updates, self.clock,
-            )  # fmt: skip
-            self._courier.start()
+        group.by_rank_0(lambda: self._begin_exchange(update))
+
+    def _begin_exchange(self, update: int) -> None:
+        architecture = fingerprint(self._model)
+        past = self._ask_mine(self._past, update, architecture)
+        wire = self.wire_dtype or (torch.bfloat16 if _dtype_of(self._model) == torch.float32 else None)
+        self._courier = Courier(
+            self.exchange, self._teachers, architecture, tensors_of(self._model), wire,
+            self.in_background and not self.lockstep, self.updates, self.clock, self._mine,
+        )  # fmt: skip
+        self._courier.start()
+        self._warn_of_options(update, past)
+
+    def _past(self, update: int, architecture: str) -> Optional[Manifest]:
+        """Begin at `update`; my last snapshot, of an earlier life, if there is one."""
+        past = None
+        with contextlib.suppress(BadSnapshot):
+            past = self.exchange.newest(self.peer) if update else None
+        self.exchange.begin(update, architecture, structure(self._model))
+        return past
+
+    def _warn_of_options(self, update: int, past: Optional[Manifest]) -> None:
+        """Of what was hardly meant. It is said, and changes nothing."""
+        values = {"interval": self.interval, "every": self.every, "burn-in": self.schedule.burn_in}
+        for name, value in values.items() if self.updates else ():
+            if value >= self.updates:
+                logger.warning(
+                    f"codistillation: --codistill-{name} is {value}, which is not below --max-update {self.updates}, so this "
+                    f"peer will learn nothing from the others; it must be far below, such as {max(1, self.updates // 10)}"
+                )
+        with contextlib.suppress(Exception):  # an older version's manifest, or one that was tampered with
+            change = self.schedule.change_from(past.options, self.epoch, update) if past is not None else None
+            if change is not None:
+                logger.warning(f"codistillation: since this run's snapshot of update {past.update}: {change}")
+
+    def _ask_mine(self, work: Callable, *args: Any) -> Any:
+        """Before training: what `work`, on my own folder, gives. Raises ValueError where the storage does not answer."""
+        if not self._mine.start():
+            return work(*args)
+        try:
+            return self._mine.ask(work, *args, seconds=_ANSWER)
+        except TimeoutError:
+            raise ValueError(
+                f"codistill_dir must be storage that answers, but {self.exchange.store} has not answered for {_ANSWER:g} s; "
+                "is its server down, or was another directory meant?"
+            ) from None
 
     def _exchange_if_due(self, update: int, first: bool) -> None:
         if first:
@@ -231,11 +266,10 @@ class Codistiller:
 
     def _exchange(self, update: int, first: bool) -> None:
         if self._leads:
-            now = time.monotonic()
-            seconds, self._exchanged = None if first else now - self._exchanged, now
-            self._courier.at(update, {peer: held.manifest.update for peer, held in self._held.items()}, seconds)
-            if update % self.interval == 0:
-                self._publish(update, done=False)
+            try:
+                self._show(update, first)
+            except Exception as error:  # the other ranks wait for me
+                logger.warning(f"codistillation: at update {update} nothing was published: {error}; training goes on")
         if first and self.wait:
             self._wait_for_company()
         self._due = list(self._teachers)
@@ -246,24 +280,35 @@ class Codistiller:
             self._meet(update - update % self.interval)
             self._reload(True, update - update % self.interval)
 
+    def _show(self, update: int, first: bool) -> None:
+        """To the others: where I am, and my weights."""
+        now = time.monotonic()
+        seconds, self._exchanged = None if first else now - self._exchanged, now
+        self._courier.at(update, {peer: held.manifest.update for peer, held in self._held.items()}, seconds)
+        if update % self.interval == 0:
+            self._publish(update, done=False)
+
     def _publish(self, update: int, done: bool) -> None:
-        needed_from = None
-        if self.lockstep:  # for as long as others would wait for it
-            learners, patience = learners_of(self.peer, self.edges), max(self.wait or LOCKSTEP_WAIT, SILENT_SECONDS)
-            needed_from = self.exchange.needed_from(learners, self.interval, patience)
+        needed_from = self._needed_from if self.lockstep else None
         self._courier.publish(
             tensors_of(self._model), update, needed_from, epoch=self.epoch, fingerprint=self._courier.fingerprint,
             model=self.model_config, time=self.clock(), valid_loss=self.valid_loss,
-            resumes_from=self._checkpoints[0], done=done,
+            resumes_from=self._checkpoints[0], done=done, options=self.schedule.options(),
         )  # fmt: skip
+
+    def _needed_from(self) -> int:
+        """Of my snapshots, the earliest that a learner in lockstep may still ask for; for as long as others would wait for it."""
+        learners, patience = learners_of(self.peer, self.edges), max(self.wait or LOCKSTEP_WAIT, SILENT_SECONDS)
+        return self.exchange.needed_from(learners, self.interval, patience)
 
     def _reload(self, look: bool = False, update: Optional[int] = None) -> None:
         """Put what the courier has ready into the peers, on every rank. `look`: read now what is there, of `update`."""
+        if self._due and (look or not self.in_background):
+            looked = self._courier.look_now(self._due, update) if self._leads else bool
+            self._await(looked, LOCKSTEP_WAIT if self.lockstep else _READ, asked_for=False)
         news: List[Tuple[int, Manifest, Weights]] = []
         if self._leads:
             for teacher in self._due:
-                if look or not self.in_background:
-                    self._courier.look(teacher, update)
                 found = self._courier.take(teacher)
                 if found is not None:
                     news.append((teacher, *found))
@@ -286,27 +331,63 @@ class Codistiller:
 
     def _meet(self, update: int) -> None:
         """Lockstep: wait until each teacher has published `update`, or has ended before it."""
-        everybody = lambda: all(self._look(teacher, update) for teacher in self._teachers)  # noqa: E731
+        everybody = lambda: all(self._need_not_wait(teacher, update) for teacher in self._teachers)  # noqa: E731
         if self._await(everybody, self.wait or LOCKSTEP_WAIT) or not self._leads:
             return
         for teacher in self._teachers:
-            if self._look(teacher, update) is None:
-                self._courier.warn(teacher, f"lockstep is broken: no snapshot of update {update} has come in time.")
+            if self._look(teacher, update) is None and teacher not in self._missed:
+                self._missed[teacher] = self._life_of(teacher)
+                self._courier.warn(
+                    teacher,
+                    f"lockstep is broken: no snapshot of update {update} has come in time; it is not waited for again before "
+                    "it shows that it lives.",
+                )
+
+    def _need_not_wait(self, teacher: int, update: int) -> bool:
+        """The teacher's snapshot is there; or it missed a meeting, and has shown no life since."""
+        if self._look(teacher, update) is not None:
+            self._missed.pop(teacher, None)
+            return True
+        if teacher not in self._missed:
+            return False
+        life = self._life_of(teacher)
+        if life is None or life == self._missed[teacher]:
+            return True
+        del self._missed[teacher]
+        return False
+
+    def _life_of(self, teacher: int) -> Any:
+        """What changes while the teacher lives; None where that cannot be seen."""
+        with contextlib.suppress(OSError):
+            return self._courier.ask(teacher, self._signs, teacher)
+        return None
+
+    def _signs(self, teacher: int) -> List[Any]:
+        signs: List[Any] = [None, None]
+        with contextlib.suppress(BadSnapshot):
+            presence = self.exchange.presence(teacher)
+            signs[0] = presence and (presence.life, presence.beat)
+        with contextlib.suppress(BadSnapshot):
+            newest = self.exchange.newest(teacher)
+            signs[1] = newest and (newest.update, newest.checksum)
+        return signs
 
     def _look(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:
         """The teacher's snapshot of `update`, or its last if it will make no more; with None, its newest."""
-        try:
-            manifest = self.exchange.newest(teacher) if update is None else self.exchange.at(teacher, update)
-            if manifest is None and update is not None:
-                newest = self.exchange.newest(teacher)
-                # It will make no more, or no longer keeps that one.
-                is_last = newest is not None and (newest.update > update or newest.done)
-                manifest = newest if is_last else None
-            return manifest
-        except (BadSnapshot, OSError):
-            return None
+        with contextlib.suppress(BadSnapshot, OSError):
+            return self._courier.ask(teacher, self._snapshot, teacher, update)
+        return None
 
-    def _await(self, ready: Callable[[], bool], seconds: float) -> bool:
+    def _snapshot(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:
+        manifest = self.exchange.newest(teacher) if update is None else self.exchange.at(teacher, update)
+        if manifest is None and update is not None:
+            newest = self.exchange.newest(teacher)
+            # It will make no more, or no longer keeps that one.
+            is_last = newest is not None and (newest.update > update or newest.done)
+            manifest = newest if is_last else None
+        return manifest
+
+    def _await(self, ready: Callable[[], bool], seconds: float, asked_for: bool = True) -> bool:
         """Wait until rank 0 finds it `ready`, on all ranks. In slices: a process group takes long silence for a hang."""
         start, deadline = time.monotonic(), time.monotonic() + seconds
         answer = None
@@ -320,32 +401,44 @@ class Codistiller:
                 else:
                     self.sleep(_LOOK_AGAIN)
             answer = self._share(answer)
-        if self._leads:
+        if self._leads and asked_for:
             self._courier.totals.waited_s += time.monotonic() - start
         return answer
 
     def _share(self, what: Any) -> Any:
         """Rank 0's decision, on every rank of the group."""
-        if not _grouped():
-            return what
-        box = [what]  # pickled, but only between the ranks of one peer
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return group.share(what)
 
     def _take(self, peer: int, manifest: Manifest, weights: Optional[Weights]) -> None:
-        """Put a snapshot into the peer's model; ranks other than 0 get the tensors from rank 0."""
-        start = time.perf_counter()
-        held = self._held.get(peer)
-        model = held.model if held else replica(self._model, self.peer_dtype)
-        if weights is not None:
-            load(model, weights)
-        if _grouped():
+        """Put a snapshot into the peer's model; ranks other than 0 get the tensors from rank 0.
+
+        What fails on one rank, for want of memory, say, costs the peer's teaching on all."""
+        start, reason = time.perf_counter(), "another rank of this peer's group could not"
+        try:
+            model = self._filled(peer, weights)
+        except Exception as error:
+            model, reason = None, f"{type(error).__name__}: {error}"  # and not the error, whose frames hold the memory
+        if not group.all_well(model is not None, next(self._model.parameters()).device):
+            self._held.pop(peer, None)
+            logger.warning(
+                f"codistillation: peer {peer}: its snapshot of update {manifest.update} could not be loaded ({reason}); "
+                "training goes on without it until its next one"
+            )
+            return
+        if group.is_grouped():
             for tensor in tensors_of(model).values():
                 dist.broadcast(tensor, src=0)
         self._held[peer] = _Held(model, manifest)
         if self._leads:
             self._courier.totals.copy_s += time.perf_counter() - start
         logger.info(f"codistillation: learning from peer {peer} as of its update {manifest.update}")
+
+    def _filled(self, peer: int, weights: Optional[Weights]) -> nn.Module:
+        held = self._held.get(peer)
+        model = held.model if held else replica(self._model, self.peer_dtype)
+        if weights is not None:
+            load(model, weights)
+        return model
 
     # Small questions.
 
@@ -355,7 +448,7 @@ class Codistiller:
 
     @property
     def _leads(self) -> bool:
-        return not _grouped() or dist.get_rank() == 0
+        return group.leads()
 
     @property
     def _teachers(self) -> List[int]:
@@ -363,10 +456,6 @@ class Codistiller:
 
     def _may_teach(self, held: _Held, update: int) -> bool:
         return self.max_staleness is None or update - held.manifest.update <= self.max_staleness
-
-
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

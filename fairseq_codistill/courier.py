@@ -1,19 +1,21 @@
 """Carries snapshots between training and exchange, in background threads, so that an exchange never shows in a step.
 
-The training thread copies its weights and goes on; a thread checks, writes and syncs them. One thread for each teacher
-notices its new snapshots, reads and verifies them ahead of the reload; another gives signs of life. Whatever fails or
-hangs there costs the teaching of one peer and never stops the training.
+The training thread copies its weights and goes on; a worker checks, writes and syncs them. One worker for each teacher
+notices its new snapshots, reads and verifies them ahead of the reload; another sends the heartbeat. The training thread
+never touches the storage itself. Whatever fails or hangs there costs the teaching of one peer and never stops the training.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import logging
 import os
 import secrets
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 
@@ -23,6 +25,7 @@ from .exchange import BEAT, Exchange, IndexTaken, host_name
 from .manifest import BadSnapshot, Manifest, Presence, plain
 from .observer import Observer, in_words
 from .snapshot import Buffer, Weights
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,10 @@ _TRIES = 3  # how often one snapshot is read before it is given up: a disk or a 
 _FIRST_PERIOD, _SHORTEST_PERIOD, _LONGEST_PERIOD = 0.5, 0.1, 10.0  # seconds between two looks at a teacher
 _LOOKS = 50  # looks at each teacher between two exchanges
 _COURSE = 13  # signs of life, so a minute, over which the speed is a mean
-_GOODBYE = 10.0  # seconds for threads to end; one that hangs in a dead file system is left behind
+_MOMENT = 1.0  # seconds to wait for an answer of the storage before looking whether the wait is over
+# What the storage may take for one snapshot, at its start or at the end of training: so many seconds, and one for each MB.
+_SHORTEST_LIMIT, _LONGEST_LIMIT, _BYTES_PER_SECOND = 30.0, 300.0, 1e6
+_GOODBYE = 10.0  # seconds for the last heartbeat and for the threads to end; one that hangs in a dead storage is left behind
 
 
 @dataclass
@@ -62,15 +68,13 @@ class Courier:
     def __init__(
         self, exchange: Exchange, teachers: List[int], fingerprint: str, expected: Weights,
         wire: Optional[torch.dtype] = None, in_background: bool = True, updates: Optional[int] = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.time, publisher: Optional[Worker] = None,
     ) -> None:  # fmt: skip
         self.exchange, self.teachers, self.fingerprint = exchange, teachers, fingerprint
         self.in_background, self.clock, self.totals = in_background, clock, Totals()
         self._expected = {name: torch.empty_like(tensor, device="meta") for name, tensor in expected.items()}
         self._buffer = Buffer(expected, wire)
-        self._period = _FIRST_PERIOD
-        self._stopping = threading.Event()
-        self._publishing: Optional[threading.Thread] = None
+        self._period: Optional[float] = _FIRST_PERIOD
         self._ready: Dict[int, Tuple[Manifest, Weights]] = {}
         self._seen: Dict[int, Tuple[Manifest, int]] = {}  # of each teacher what was read last, and how often in vain
         self._silent: Set[int] = set()
@@ -80,98 +84,165 @@ class Courier:
         self._life, self._updates, self._beat, self._state = secrets.token_hex(8), updates, 0, "waiting"
         self._progress: Tuple[int, Dict[str, int]] = (0, {})  # update, and the update held of each teacher
         self._course: Deque[Tuple[float, int]] = collections.deque(maxlen=_COURSE)
-        self._threads: List[threading.Thread] = []
         self._observer: Optional[Observer] = None
-        self._telling: Optional[threading.Thread] = None
+        self._telling: Optional[Future] = None
+        self._watching, self._began = False, time.monotonic()
+        self._publisher, self._teller = publisher or Worker(), Worker()
+        self._heart = Worker(self._give_sign, lambda: BEAT)
+        self._readers = {teacher: self._reader(teacher) for teacher in teachers}
+
+    def _reader(self, teacher: int) -> Worker:
+        return Worker(lambda: self.look(teacher), lambda: self._period if self._watching else None)
+
+    @property
+    def _workers(self) -> List[Worker]:
+        return [self._publisher, self._heart, self._teller, *self._readers.values()]
 
     # Life.
 
     def start(self) -> None:
-        """Begin to give signs of life."""
-        self._begin(self._give_signs)
+        """Start the threads, and the heartbeat."""
+        if not all([worker.start() for worker in self._workers]):
+            logger.warning(
+                "codistillation: not all threads of the exchange could be started (a limit of processes?); training goes on, "
+                "and each exchange tries again"
+            )
+        self._heart.do(self._give_sign)
 
     def watch(self) -> None:
         """Begin to watch the teachers, each in a thread of its own: one whose storage hangs must not hold up the others."""
-        for teacher in self.teachers if self.in_background else []:
-            self._begin(self._watch, teacher)
-
-    def _begin(self, work: Callable, *args: Any) -> threading.Thread:
-        # A daemon: one that hangs in a dead file system must not keep the process from ending.
-        thread = threading.Thread(target=work, args=args, daemon=True, name="codistillation")
-        thread.start()
-        self._threads = [other for other in self._threads if other.is_alive()] + [thread]
-        return thread
+        self._watching = self.in_background
+        for reader in self._readers.values() if self._watching else ():
+            reader.do(lambda: None)
 
     def at(self, update: int, held: Dict[int, int], seconds: Optional[float] = None) -> None:
-        """For the signs of life: where training is, and the update held of each teacher. Logs who else is present.
+        """For the heartbeat: where training is, and the update held of each teacher. Logs who else is present.
 
         `seconds`: how long the last interval between two exchanges took; the teachers are looked at accordingly.
         """
         self._progress, self._state = (update, {str(peer): of for peer, of in held.items()}), "training"
         if seconds is not None:
             self._period = min(max(seconds / _LOOKS, _SHORTEST_PERIOD), _LONGEST_PERIOD)
-        if self._telling is None or not self._telling.is_alive():
-            self._telling = self._begin(self._tell_of_company, update)
+        if not self._teller.is_busy:
+            self._telling = self._teller.do(self._tell_of_company, update)
+
+    @property
+    def limit(self) -> float:
+        """Seconds that the storage may take for a snapshot of mine."""
+        return min(_SHORTEST_LIMIT + len(self._buffer.data) / _BYTES_PER_SECOND, _LONGEST_LIMIT)
 
     def drain(self, seconds: Optional[float] = None) -> bool:
         """Wait until what is being published is published; False if that took longer than `seconds`."""
-        publishing = self._publishing
-        if publishing is not None:
-            publishing.join(seconds)
-        return publishing is None or not publishing.is_alive()
+        return self._publisher.rest(seconds)
+
+    def end(self, state: str, publish_last: Callable[[], Any]) -> None:
+        """Drain, publish what is last, and stop, as `state`: all before one deadline, whatever the storage does."""
+        now = time.monotonic()
+        # What hangs for longer than it may will hardly come now.
+        deadline = max(now + _GOODBYE, self._began + self.limit) if self._publisher.is_busy else now + self.limit
+        if self.drain(deadline - now):
+            publish_last()
+        self.drain(deadline - time.monotonic())
+        self.stop(state)
 
     def stop(self, state: str) -> None:
-        """Drain, say goodbye as `state`, end the threads, and log what all of it cost."""
-        self._stopping.set()
-        deadline = time.monotonic() + _GOODBYE
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        self._state = state
-        self._give_sign()
+        """Say goodbye as `state`, leave the exchange, end the threads, and log what all of it cost."""
+        self._watching, self._state, deadline = False, state, time.monotonic() + _GOODBYE
+        self._heart.do(self._give_sign)
+        self._heart.do(self.exchange.leave)
+        for worker in self._workers:
+            worker.stop()
+        # Not `all(…)` of a generator: each is given what is left of the time.
+        if not all([worker.join(deadline - time.monotonic()) for worker in self._workers]):
+            logger.warning(f"codistillation: {self.exchange.store} does not answer; training ends without waiting for it")
         logger.info(f"codistillation: exchange totals {self.totals.to_json()}")
 
     # Mine, outwards.
 
-    def publish(self, weights: Weights, update: int, needed_from: Optional[int] = None, **facts: Any) -> bool:
-        """Copy the weights and publish them; False, with a warning, when the last publishing is still under way."""
-        if not self.drain(0):
-            self.totals.skipped += 1
+    def publish(
+        self, weights: Weights, update: int, needed_from: Optional[Callable[[], Optional[int]]] = None, **facts: Any
+    ) -> bool:
+        """Copy the weights and publish them; False, with a warning, when that cannot begin. `needed_from`: as of `Exchange`."""
+        if self._publisher.is_busy:
+            self._count(skipped=1)
             logger.warning(
                 f"codistillation: the snapshot of update {update} was skipped: the last one is still being written to "
                 f"{self.exchange.store}; training goes on. Is the storage too slow for this --codistill-interval?"
             )
             return False
         start = time.perf_counter()
-        copied = self._buffer.fill(weights)
-        self.totals.copy_s += time.perf_counter() - start
-        self._publishing = self._begin(self._publish, copied, update, needed_from, facts)
+        try:
+            copied = self._buffer.fill(weights)
+        except Exception as error:  # a GPU that is full, say
+            self._warn_of_failure(update, error)
+            return False
+        finally:
+            self.totals.copy_s += time.perf_counter() - start
+        self._began = time.monotonic()
+        publishing = self._publisher.do(self._publish, copied, update, needed_from, facts)
+        error = publishing.exception() if publishing.done() else None
+        if error is not None:
+            self._warn_of_failure(update, error)
+            return False
         if not self.in_background:
-            self.drain()
+            self.drain(self.limit)
         return True
 
-    def _publish(self, copied: Callable[[], None], update: int, needed_from: Optional[int], facts: Dict[str, Any]) -> None:
+    def _publish(
+        self, copied: Callable[[], None], update: int, needed_from: Optional[Callable], facts: Dict[str, Any]
+    ) -> None:
         start = time.perf_counter()
         try:
             copied()
-            manifest = self.exchange.publish(self._buffer, update, needed_from, **facts)
+            needed = needed_from() if needed_from is not None else None
+            manifest = self.exchange.publish(self._buffer, update, needed, **facts)
         except IndexTaken as error:
             self._warn_of_loss(error)
             self._count(failed=1)
             return
         except Exception as error:  # whatever it is, training must go on
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            logger.warning(f"codistillation: the snapshot of update {update} was not published: {reason}; training goes on")
-            self._count(failed=1)
+            self._warn_of_failure(update, error)
             return
         seconds = time.perf_counter() - start
         self._count(published=1, published_bytes=manifest.bytes, hidden_s=seconds)
         logger.info(f"codistillation: published update {update}, {manifest.bytes / 1e6:.1f} MB in {seconds:.2f} s")
+
+    def _warn_of_failure(self, update: int, error: BaseException) -> None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        logger.warning(f"codistillation: the snapshot of update {update} was not published: {reason}; training goes on")
+        self._count(failed=1)
 
     # The teachers', inwards.
 
     def take(self, teacher: int) -> Optional[Tuple[Manifest, Weights]]:
         """The newest verified snapshot of the teacher that was found, if it was not taken before."""
         return self._ready.pop(teacher, None)
+
+    def ask(self, teacher: int, question: Callable, *args: Any) -> Any:
+        """What `question`, which reads from the teacher, gives or raises. OSError where it takes longer than a moment; asked
+        the same again, it waits on."""
+        return self._readers[teacher].ask(question, *args, seconds=_MOMENT)
+
+    def look_now(self, teachers: List[int], update: Optional[int] = None) -> Callable[[], bool]:
+        """Begin to `look` at the teachers, all at once; the function returned waits a moment, and tells whether it is done."""
+        missing = list(teachers)
+        for teacher in teachers:
+            with contextlib.suppress(OSError):
+                self._readers[teacher].ask(self.look, teacher, update, seconds=0)
+                missing.remove(teacher)
+
+        def is_done() -> bool:
+            for teacher in list(missing):
+                try:
+                    self.ask(teacher, self.look, teacher, update)
+                except TimeoutError:
+                    continue
+                except OSError as error:
+                    self.warn(teacher, f"it cannot be looked at: {error.strerror}.")
+                missing.remove(teacher)
+            return not missing
+
+        return is_done
 
     def look(self, teacher: int, update: Optional[int] = None) -> None:
         """Read and verify what is new of the teacher: its newest, or that of `update` if it is there."""
@@ -218,16 +289,6 @@ class Courier:
             logger.warning(f"codistillation: peer {peer}: {what} Training goes on with what it holds.")
 
     # The threads.
-
-    def _watch(self, teacher: int) -> None:
-        while not self._stopping.wait(self._period):
-            self.look(teacher)
-
-    def _give_signs(self) -> None:
-        while True:
-            self._give_sign()
-            if self._stopping.wait(BEAT):
-                return
 
     def _give_sign(self) -> None:
         (update, held), now = self._progress, time.monotonic()

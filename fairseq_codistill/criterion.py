@@ -211,7 +211,8 @@ def _attach(task: Any, cfg: config.CodistillConfig) -> None:
     if decays:
         hook.schedule_weight_decay(task, config.numbers(cfg, "codistill_milestones"), decays)
     if cfg.codistill_peers > 1 and str(cfg.codistill_data) != "independent":
-        hook.order_data(task, str(cfg.codistill_data), cfg.codistill_peer, cfg.codistill_peers, cfg.train_subset)
+        who = (cfg.codistill_peer, cfg.codistill_peers)
+        hook.order_data(task, str(cfg.codistill_data), *who, cfg.train_subset, cfg.seed)
     if not config.active(cfg):
         logger.info("codistillation: no peers are configured, so this trains alone, exactly as cross_entropy does")
         return

@@ -6,130 +6,100 @@ fairseq tells only its task the update number, the epoch and the unwrapped model
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
-import signal
-import sys
-import threading
-from multiprocessing import util
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from .codistiller import Codistiller, Teaching
+from .data_order import order_data, schedule_weight_decay  # noqa: F401
+from .ending import drain_on_sigterm, watch
 from .exchange import Run
-from .schedules import weight_decay_at
+from .wrapping import TRAIN_STEP, Argument, wrap
 
 TEACHING = "codistill"  # the sample's key
-_SIGTERM_SECONDS = 10.0  # schedulers kill half a minute after SIGTERM
+_LONGEST_TEXT = 500  # signs of one setting; a manifest that is too long is not read
 
 
 def attach(task: Any, codistiller: Codistiller, run: Run, train_subset: str, load_frozen: Callable[[], Sequence]) -> None:
     """From now on `task` asks `codistiller` in each training step. `load_frozen` gives the offline teachers, when needed.
 
-    The exchange is joined when the training data is about to be loaded: training does that, validating does not.
+    The exchange is joined when the training data is about to be loaded: training does that, validating does not. It is
+    ended as soon as the training is over.
     """
 
-    def load_dataset(load, split, *args, **kwargs):
-        if split == train_subset and not joined:
-            joined.append(split)
+    def load_dataset(load, *args, **kwargs):
+        if split_of.of(args, kwargs) == train_subset and not joined:
+            joined.append(drain_on_sigterm(codistiller.drain))
             codistiller.join(run)
-            _drain_on_sigterm(codistiller)
-            codistiller.frozen = load_frozen()
-        return load(split, *args, **kwargs)
+            codistiller.load_frozen(load_frozen)
+        return load(*args, **kwargs)
 
-    def begin_epoch(begin, epoch, model):
+    def begin_epoch(begin, *args, **kwargs):
+        model = model_of.of(args, kwargs)
         codistiller.model_config = model_facts(model)
-        codistiller.begin_epoch(epoch, model)
-        return begin(epoch, model)
+        codistiller.begin_epoch(epoch_of.of(args, kwargs), model)
+        return begin(*args, **kwargs)
 
-    def train_step(step, sample, *args, update_num, **kwargs):
+    def train_step(step, *args, **kwargs):
         losses.clear()
-        try:
-            return step(_with(sample, codistiller.teaching(update_num)), *args, update_num=update_num, **kwargs)
-        except BaseException:
-            failed.append(update_num)
-            raise
+        update = update_of.of(args, kwargs)
+        if update is None:
+            raise ValueError("codistill_ce needs a fairseq whose trainer passes update_num to task.train_step; this is older.")
+        sample = _with(sample_of.of(args, kwargs), codistiller.teaching(int(update)))
+        args, kwargs = sample_of.replaced(sample, args, kwargs)
+        raised.append(update)
+        result = step(*args, **kwargs)
+        raised.clear()
+        return result
 
     def valid_step(step, *args, **kwargs):
-        loss, sample_size, logging_output = step(*args, **kwargs)
-        losses.append((float(loss), float(sample_size)))
-        codistiller.valid_loss = _mean_in_bits(losses)
-        return loss, sample_size, logging_output
+        raised.append("valid")
+        result = step(*args, **kwargs)
+        raised.clear()
+        with contextlib.suppress(Exception):  # decoration of the manifest
+            losses.append((float(result[0]), float(result[1])))
+            codistiller.valid_loss = _mean_in_bits(losses)
+        return result
 
-    def state_dict(state):
+    def state_dict(state, *args, **kwargs):
         codistiller.checkpointed()
-        return state()
+        return state(*args, **kwargs)
 
-    def end() -> None:
-        codistiller.end(completed=not failed and getattr(sys, "last_value", None) is None)
+    def end(completed: bool) -> None:
+        codistiller.end(completed)
+        for give_back in joined:
+            give_back()
 
-    joined, failed, losses = [], [], []
+    joined: List[Callable[[], None]] = []
+    raised: List[Any] = []  # not empty while, and after, a step has raised; an out-of-memory may be recovered from
+    losses: List[Tuple[float, float]] = []
+    split_of = Argument(task.load_dataset, "split", ("split",))
+    epoch_of, model_of = (Argument(task.begin_epoch, name, ("epoch", "model")) for name in ("epoch", "model"))
+    sample_of, update_of = (Argument(task.train_step, name, TRAIN_STEP) for name in ("sample", "update_num"))
     for wrapper in (load_dataset, begin_epoch, train_step, valid_step, state_dict):
-        _wrap(task, wrapper.__name__, wrapper)
-    # fairseq calls nothing when training ends, and ranks that torch spawns run no atexit; this runs in both.
-    util.Finalize(None, end, exitpriority=10)
-
-
-def _drain_on_sigterm(codistiller: Codistiller) -> None:
-    """A scheduler's SIGTERM ends the process as it would have, once what is being published is published."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        return  # somebody else's handler has the last word
-    process = os.getpid()
-
-    def on_sigterm(number: int, frame: Any) -> None:
-        if os.getpid() == process:  # and not a data-loading child, which inherits this
-            codistiller.drain(_SIGTERM_SECONDS)
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
-    signal.signal(signal.SIGTERM, on_sigterm)
+        wrap(task, wrapper.__name__, wrapper)
+    watch(task, end, lambda: not raised and codistiller.may_be_complete)
 
 
 def model_facts(model: Any) -> Dict[str, Any]:
-    """For the manifest, so that a person or a later version can tell what the weights belong to: class and settings."""
-    settings = getattr(model, "cfg", None) or getattr(model, "args", None) or {}
-    items = settings.items() if hasattr(settings, "items") else vars(settings).items()
-    plain = {str(name): value for name, value in items if isinstance(value, (bool, int, float, str))}
-    return {"class": type(model).__name__, **plain}
+    """For the manifest, so that a person or a later version can tell what the weights belong to: class and settings.
+
+    They are decoration: what cannot be read, or is no plain value, is left out."""
+    plain: Dict[str, Any] = {"class": type(model).__name__}
+    with contextlib.suppress(Exception):
+        settings = getattr(model, "cfg", None) or getattr(model, "args", None) or {}
+        for name in list(settings if hasattr(settings, "keys") else vars(settings)):
+            with contextlib.suppress(Exception):  # omegaconf raises for a value that is missing
+                value = settings[name] if hasattr(settings, "keys") else getattr(settings, name)
+                if _is_plain(value):
+                    plain[str(name)] = value
+    return plain
 
 
-def order_data(task: Any, data: str, peer: int, peers: int, train_subset: str) -> None:
-    """`same`: all peers' training batches in one order, whatever their seeds; `disjoint`: each its own fixed part."""
-
-    def get_batch_iterator(get, dataset, *args, **kwargs):
-        if dataset is task.datasets.get(train_subset):
-            if data == "same":
-                kwargs["seed"] = 1
-            elif not hasattr(dataset, "_codistill_whole"):
-                dataset._codistill_whole = whole = dataset.ordered_indices
-                dataset.ordered_indices = lambda: (lambda all_: all_[all_ % peers == peer])(whole())
-        return get(dataset, *args, **kwargs)
-
-    _wrap(task, "get_batch_iterator", get_batch_iterator)
-
-
-def schedule_weight_decay(task: Any, milestones: Sequence[float], values: Sequence[float]) -> None:
-    """Set the optimizer's weight decay as a function of the epoch; groups without any (biases, say) are left alone."""
-    now: Dict[str, int] = {"epoch": 1}
-
-    def begin_epoch(begin, epoch, model):
-        now["epoch"] = epoch
-        return begin(epoch, model)
-
-    def train_step(step, *args, optimizer, **kwargs):
-        groups = optimizer.param_groups
-        for group in groups:
-            if len(groups) == 1 or group.get("weight_decay"):
-                group["weight_decay"] = weight_decay_at(now["epoch"], milestones, values)
-        return step(*args, optimizer=optimizer, **kwargs)
-
-    _wrap(task, "begin_epoch", begin_epoch)
-    _wrap(task, "train_step", train_step)
-
-
-def _wrap(task: Any, name: str, wrapper: Callable) -> None:
-    inner = getattr(task, name)
-    setattr(task, name, lambda *args, **kwargs: wrapper(inner, *args, **kwargs))
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= _LONGEST_TEXT)
 
 
 def _with(sample: Dict[str, Any], teaching: Optional[Teaching]) -> Dict[str, Any]:
@@ -149,5 +119,7 @@ def _with_part(value: Any, teaching: Teaching, part: str) -> Any:
 
 
 def _mean_in_bits(losses: Sequence) -> Optional[float]:
+    """None for what is not finite: readers would refuse the manifest, and with it good weights."""
     size = sum(size for _, size in losses)
-    return sum(loss for loss, _ in losses) / size / math.log(2) if size else None
+    mean = sum(loss for loss, _ in losses) / size / math.log(2) if size else math.nan
+    return mean if math.isfinite(mean) and abs(mean) < 1e300 else None

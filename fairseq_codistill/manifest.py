@@ -29,7 +29,8 @@ class Manifest:
     """What a peer says of its snapshot. `update`: updates done; `bytes`: the file's size; `time`: seconds since 1970,
     for people only, since no decision may rest on another machine's clock; `resumes_from`: the update at which the peer
     would start again if it died now; `done`: its training has ended, no later snapshot will come; `run`: the id of its run;
-    `structure`: see `structure`. The last two are not in the manifests of an older version."""
+    `structure`: see `structure`; `options`: those that decide α, for the peer itself when it resumes. The last three are not
+    in the manifests of an older version."""
 
     update: int
     epoch: int
@@ -43,6 +44,7 @@ class Manifest:
     valid_loss: Optional[float] = None
     resumes_from: int = 0
     done: bool = False
+    options: Dict[str, Any] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
     run: Optional[str] = None
     structure: Dict[str, Any] = dataclasses.field(default_factory=dict)

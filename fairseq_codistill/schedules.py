@@ -5,9 +5,12 @@ Epochs count from 1, as in fairseq. A milestone m takes effect when m epochs are
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from bisect import bisect_left
-from typing import Callable, Dict, Optional, Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Optional, Sequence
 
 
 def constant(epoch: int, alpha: float, **_: object) -> float:
@@ -58,6 +61,48 @@ def alpha_at(
         return 0.0
     value = ALPHA_SCHEDULES[schedule](epoch, alpha=alpha, gamma=gamma, step=step, milestones=milestones)
     return value if maximum is None else min(value, maximum)
+
+
+@dataclass(frozen=True)
+class AlphaSchedule:
+    """The options that decide α."""
+
+    name: str = "constant"
+    alpha: float = 1.0
+    gamma: float = 1.1
+    step: float = 0.5
+    milestones: Sequence[float] = ()
+    maximum: Optional[float] = None
+    burn_in: int = 0
+
+    def at(self, epoch: int, update: int) -> float:
+        return alpha_at(
+            self.name, epoch, update, alpha=self.alpha, gamma=self.gamma, step=self.step,
+            milestones=self.milestones, maximum=self.maximum, burn_in=self.burn_in,
+        )  # fmt: skip
+
+    def options(self) -> Dict[str, Any]:
+        """The options by name, as JSON gives them back."""
+        return {_OPTIONS[name]: value for name, value in json.loads(json.dumps(dataclasses.asdict(self))).items()}
+
+    def change_from(self, before: Dict[str, Any], epoch: int, update: int) -> Optional[str]:
+        """What has changed since the options were `before`, and what that does, in one sentence; None if nothing has."""
+        now = self.options()
+        changes = [f"{name} {before[name]} → {now[name]}" for name in now if name in before and before[name] != now[name]]
+        if not changes:
+            return None
+        names = {option: name for name, option in _OPTIONS.items()}
+        old = AlphaSchedule(**{names[option]: value for option, value in {**now, **before}.items() if option in names})
+        return (
+            f"{', '.join(changes)}: options act as if they had been given from the first epoch on, so α is now "
+            f"{self.at(epoch, update):.4g} in epoch {epoch}, and was {old.at(epoch, update):.4g}"
+        )
+
+
+_OPTIONS = {
+    "name": "codistill_alpha_schedule", "alpha": "codistill_alpha", "gamma": "codistill_gamma", "step": "codistill_alpha_step",
+    "milestones": "codistill_milestones", "maximum": "codistill_alpha_max", "burn_in": "codistill_burn_in",
+}  # fmt: skip
 
 
 def weight_decay_at(epoch: int, milestones: Sequence[float], values: Sequence[float]) -> float:

@@ -175,7 +175,10 @@ def describe(data: Union[bytes, Buffer], update: int, **facts: Any) -> Manifest:
         facts, checksum_, size = {"dtype": data.dtype, **facts}, data.checksum(), len(data.data)
     else:
         checksum_, size = checksum(data), len(data)
-    return Manifest(update=update, file=file_name(update), bytes=size, checksum=checksum_, **facts)
+    # Readers would refuse the manifest, and with it good weights.
+    loss = facts.pop("valid_loss", None)
+    loss = loss if loss is not None and math.isfinite(loss) and abs(loss) < 1e300 else None
+    return Manifest(update=update, file=file_name(update), bytes=size, checksum=checksum_, valid_loss=loss, **facts)
 
 
 def size_limit(expected: Weights) -> int:

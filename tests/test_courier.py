@@ -145,7 +145,7 @@ def test_a_teacher_whose_storage_hangs_holds_up_nobody():
     assert me._ready.news.acquire(timeout=SECONDS)
     assert value_of(me.take(2)) == 5.0 and me.take(1) is None
     me.stop("ended")  # comes back although a thread hangs
-    assert any(thread.is_alive() for thread in me._threads)
+    assert any(worker.is_busy for worker in me._workers) or me._readers[1]._thread.is_alive()
     store.open.set()
 
 
@@ -299,7 +299,7 @@ def test_sigterm_finishes_what_is_being_published_and_then_ends_the_process(tmp_
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_courier import *
         from test_codistiller import codistiller
-        from fairseq_codistill import hook
+        from fairseq_codistill import ending
 
         class Slow(DirectoryStore):
             def write(self, name, data, replace=True):
@@ -309,7 +309,7 @@ def test_sigterm_finishes_what_is_being_published_and_then_ends_the_process(tmp_
                 return super().write(name, data, replace)
 
         one = codistiller(Slow("x"), 0, model=model(3.0), in_background=True)
-        hook._drain_on_sigterm(one)
+        ending.drain_on_sigterm(one.drain)
         for update in range(10 ** 9):
             one.teaching(update)
             if update < 8:
@@ -334,7 +334,7 @@ def test_sigterm_finishes_what_is_being_published_and_then_ends_the_process(tmp_
 def told(caplog, one, update):
     """What the log says of the other peers at `update`."""
     one.at(update, {})
-    one._telling.join(SECONDS)
+    one._telling.result(SECONDS)
     (line,) = [m for m in caplog.messages if f"at update {update}: " in m]
     return line.partition(f"at update {update}: ")[2]
 
@@ -368,4 +368,4 @@ def test_a_store_that_hangs_keeps_no_second_teller_waiting():
     one.at(10, {})
     assert one._telling is first
     gate.open.set()
-    first.join(SECONDS)
+    first.result(SECONDS)

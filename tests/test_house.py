@@ -28,16 +28,21 @@ LAYERS = {
     "compat": set(),
     "exchange": {"manifest", "membership", "others", "run", "snapshot", "structure"},
     "observer": {"manifest", "run", "stores"},
-    "courier": {"exchange", "manifest", "observer", "snapshot"},
+    "worker": set(),
+    "courier": {"exchange", "manifest", "observer", "snapshot", "worker"},
     "int8": set(),
     "replica": {"int8"},
     "fused": {"losses"},
     "output_layer": set(),
+    "group": set(),
     "codistiller": {
-        "courier", "exchange", "int8", "manifest", "replica", "snapshot", "schedules", "structure",
-        "topology",
+        "courier", "exchange", "group", "int8", "manifest", "replica", "snapshot", "schedules", "structure", "topology",
+        "worker",
     },  # fmt: skip
-    "hook": {"codistiller", "exchange", "schedules"},
+    "wrapping": set(),
+    "ending": set(),
+    "data_order": {"schedules", "wrapping"},
+    "hook": {"codistiller", "data_order", "ending", "exchange", "wrapping"},
     "config": {"losses", "schedules", "topology"},
     "criterion": {
         "config", "hook", "codistiller", "exchange", "fused", "losses", "output_layer", "stores", "topology",
@@ -80,7 +85,8 @@ FOREIGN = {
     "manifest": set(), "stores": set(), "directory_store": set(), "lock_file": set(),
     "run": set(), "others": set(), "membership": set(), "structure": set(),
     "url_store": {"fsspec"}, "courier": {"torch"}, "replica": {"torch"},
-    "codistiller": {"torch"}, "hook": set(), "config": {"fairseq", "omegaconf"},
+    "codistiller": {"torch"}, "group": {"torch"}, "hook": set(), "worker": set(), "wrapping": set(), "ending": set(),
+    "data_order": set(), "config": {"fairseq", "omegaconf"},
 }  # fmt: skip
 LIBRARIES = {"torch", "fairseq", "safetensors", "omegaconf", "numpy", "matplotlib", "rich", "fsspec", "hydra"}
 

@@ -12,7 +12,8 @@ from fairseq_codistill.config import CodistillConfig
 
 # Each room, and what of the house it may import: arrows point downwards only.
 LAYERS = {
-    "losses": set(),
+    "guard": set(),
+    "losses": {"guard"},
     "schedules": set(),
     "topology": set(),
     "manifest": set(),
@@ -25,13 +26,13 @@ LAYERS = {
     "courier": {"exchange", "manifest", "observer", "snapshot"},
     "int8": set(),
     "replica": {"int8"},
-    "fused": {"losses"},
+    "fused": {"guard", "losses", "output_layer"},
     "output_layer": set(),
     "codistiller": {"courier", "exchange", "int8", "manifest", "replica", "snapshot", "schedules", "topology"},
     "hook": {"codistiller", "exchange", "schedules"},
     "config": {"losses", "schedules", "topology"},
     "criterion": {
-        "config", "hook", "codistiller", "exchange", "fused", "losses", "output_layer", "stores", "topology",
+        "config", "hook", "codistiller", "exchange", "fused", "guard", "losses", "output_layer", "stores", "topology",
     },  # fmt: skip
     "fairseq_log": set(),
     "launch_plan": set(),
@@ -60,7 +61,7 @@ LAYERS = {
 }
 # Which libraries a room may know of, where that is a rule; the commands must start without fairseq and torch.
 FOREIGN = {
-    "losses": {"torch"}, "fused": {"torch"}, "output_layer": {"torch"}, "int8": {"torch"},
+    "guard": {"torch"}, "losses": {"torch"}, "fused": {"torch"}, "output_layer": {"torch"}, "int8": {"torch"},
     "schedules": set(), "topology": set(), "snapshot": {"torch", "safetensors"}, "exchange": set(),
     "manifest": set(), "stores": set(), "url_store": {"fsspec"}, "courier": {"torch"}, "replica": {"torch"},
     "codistiller": {"torch"}, "hook": set(), "config": {"fairseq", "omegaconf"},

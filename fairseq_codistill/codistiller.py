@@ -49,6 +49,7 @@ class Teaching:
     alpha: float
     peers: Sequence[nn.Module] = ()
     staleness: float = 0.0  # updates, mean over the peers
+    names: Sequence[str] = ()  # of the peers, for messages
 
     def outputs(self, net_input: Dict[str, Any]) -> Iterator[Tuple[nn.Module, Any]]:
         """Each peer with what it predicts for `net_input`; no gradient is recorded."""
@@ -65,7 +66,7 @@ class Teaching:
 
     def of(self, part: str) -> Teaching:
         """The same teaching by the sub-models `peer.models[part]`: one language pair of a multilingual model."""
-        return Teaching(self.alpha, [peer.models[part] for peer in self.peers], self.staleness)
+        return Teaching(self.alpha, [peer.models[part] for peer in self.peers], self.staleness, self.names)
 
 
 @dataclass
@@ -164,12 +165,14 @@ class Codistiller:
         if not self.needs_peers:
             return Teaching(alpha)
         if self.frozen:
-            return Teaching(alpha, self.frozen)
-        fresh = [held for held in self._held.values() if self._may_teach(held, update)]
+            names = [f"teacher {number} of --codistill-teacher" for number in range(1, len(self.frozen) + 1)]
+            return Teaching(alpha, self.frozen, names=names)
+        fresh = {peer: held for peer, held in self._held.items() if self._may_teach(held, update)}
         if not fresh:
             return None
-        ages = [update - held.manifest.update for held in fresh]
-        return Teaching(alpha, [held.model for held in fresh], sum(ages) / len(ages))
+        ages = [update - held.manifest.update for held in fresh.values()]
+        models = [held.model for held in fresh.values()]
+        return Teaching(alpha, models, sum(ages) / len(ages), [f"peer {peer}" for peer in fresh])
 
     def drain(self, seconds: float) -> None:
         """Wait for what is being published, but no longer than `seconds`; nothing new is begun."""

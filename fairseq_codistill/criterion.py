@@ -9,7 +9,6 @@ nobody to learn from) gets plain cross entropy: there is no mode flag.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import logging
 import math
@@ -17,7 +16,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from fairseq import checkpoint_utils, utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
@@ -29,8 +27,9 @@ from . import config, hook
 from .codistiller import AlphaSchedule, Codistiller, Teaching
 from .exchange import Exchange, Run
 from .fused import Objective, Peer, Sums, agrees, fused
+from .guard import Warner
 from .losses import AGGREGATES, CONTROLS, uniform, unigram
-from .output_layer import first, output_layer, replaced
+from .output_layer import first, output_layer, projection, replaced
 from .stores import open_store
 from .topology import edges_of
 
@@ -54,6 +53,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         self._layers: WeakKeyDictionary = WeakKeyDictionary()  # of each model its output layer, or None
         self._frequencies: Optional[Tensor] = None
         self._gives_logits: Optional[bool] = None
+        self._warner = Warner()
         if self.distance_name == "unigram" and task.target_dictionary is None:
             raise ValueError("codistill_loss unigram needs a target dictionary, but this task has none; use uniform.")
         _attach(task, cfg)
@@ -102,7 +102,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         with replaced(layers[0], loss_of):
             loss = first(model(**sample["net_input"]))
         positions = torch.tensor(kept.numel(), device=kept.device)
-        return loss, sums[0].nll, self._log(teaching, sums[0].distance, positions, sums[0].agreement)
+        return loss, sums[0].nll, self._log(teaching, sums[0].distance, positions, sums[0].agreement, sums[0].dropped)
 
     def _peers_features(self, teaching: Teaching, net_input, layers: Sequence[nn.Linear], kept: Tensor) -> List[Peer]:
         """What goes into each peer's output layer, at the kept positions, and that layer."""
@@ -113,8 +113,7 @@ class CodistillCriterion(CrossEntropyCriterion):
             for layer, (_, output) in zip(layers, teaching.outputs(net_input)):
                 features = first(output)
                 kept_features = features.reshape(-1, features.size(-1)).index_select(0, kept)
-                # Taken once for all chunks: in 8 bits the weight is made anew whenever it is asked for.
-                peers.append(Peer(kept_features, functools.partial(F.linear, weight=layer.weight, bias=layer.bias)))
+                peers.append(Peer(kept_features, projection(layer)))
         return peers
 
     def _output_layers(self, model, sample, teaching: Teaching) -> Optional[List[nn.Linear]]:
@@ -133,24 +132,36 @@ class CodistillCriterion(CrossEntropyCriterion):
         kept_N = model.get_targets(sample, net_output).reshape(-1) != self.padding_idx
         own_NV = self.scores(model, net_output)
         agreement: List[Tensor] = []
+        dropped: List[Tensor] = []
         if self.distance_name in CONTROLS:
             distance_N = self._smoothing(own_NV)
         else:
             predictions = self._peers_scores(teaching, sample["net_input"], own_NV, kept_N, agreement)
-            distance_N = AGGREGATES[self.aggregate](self.distance_name, own_NV, predictions, self.temperature)
+            distance_N = AGGREGATES[self.aggregate](self.distance_name, own_NV, predictions, self.temperature, dropped)
         distance_N = distance_N.masked_fill(~kept_N, 0)
-        shared = sum(agreement) / len(agreement) if agreement else None
-        return distance_N, self._log(teaching, distance_N.sum().data, kept_N.sum(), shared)
+        positions = kept_N.sum()
+        if not agreement:
+            return distance_N, self._log(teaching, distance_N.sum().data, positions)
+        counts = torch.stack([(bad_N & kept_N).sum() for bad_N in dropped])
+        shared = sum(agreement) / len(agreement)
+        return distance_N, self._log(teaching, distance_N.sum().data, positions, shared, counts)
 
-    def _log(self, teaching: Teaching, distance: Tensor, positions: Tensor, agreement: Optional[Tensor]) -> Dict[str, Any]:
+    def _log(
+        self, teaching: Teaching, distance: Tensor, positions: Tensor, agreement: Optional[Tensor] = None,
+        dropped: Optional[Tensor] = None,
+    ) -> Dict[str, Any]:  # fmt: skip
+        """What `reduce_metrics` adds up. `dropped`: of each peer, the positions at which it may not teach."""
         log = {
             "codistill_loss": distance,
+            "codistill_weighted": teaching.alpha * distance,
             "codistill_positions": positions,
             "codistill_alpha": teaching.alpha * positions,
         }
         if agreement is not None:
             log["codistill_staleness"] = teaching.staleness * positions
             log["codistill_agreement"] = agreement
+            log["codistill_dropped"] = dropped.sum() / len(dropped)
+            self._warner.note(teaching.names or [f"teacher {i}" for i in range(len(dropped))], dropped, positions)
         return log
 
     def _peers_scores(self, teaching: Teaching, net_input, own_NV: Tensor, kept_N: Tensor, agreement: List[Tensor]):
@@ -180,28 +191,43 @@ class CodistillCriterion(CrossEntropyCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs) -> None:
-        """fairseq's metrics from sums over ranks and micro-batches, in base 2, so that
+        """fairseq's metrics from sums over ranks and micro-batches, in base 2, so that over any number of updates
 
         loss = nll_loss + codistill_alpha · codistill_loss
+
+        So `codistill_loss` is a mean over all positions trained on, and an update that taught nothing counts as 0 (where no
+        update at all was taught it is not logged); `codistill_alpha` is α in what was taught, as are the others.
         """
         total = {name: sum(log.get(name, 0) for log in logging_outputs) for name in _SUMMED}
         sample_size, ntokens = total["sample_size"], total["ntokens"]
         metrics.log_scalar("loss", total["loss"] / sample_size / math.log(2), sample_size, round=3)
         metrics.log_scalar("nll_loss", total["nll_loss"] / ntokens / math.log(2), ntokens, round=3)
         metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
-        positions = total["codistill_positions"]
-        if positions == 0:
-            return
-        metrics.log_scalar("codistill_loss", total["codistill_loss"] / sample_size / math.log(2), sample_size, round=4)
-        metrics.log_scalar("codistill_alpha", total["codistill_alpha"] / positions, positions, round=4)
-        if any("codistill_agreement" in log for log in logging_outputs):
-            metrics.log_scalar("codistill_staleness", total["codistill_staleness"] / positions, positions, round=1)
-            metrics.log_scalar("codistill_agreement", total["codistill_agreement"] / positions, positions, round=3)
+        if total["codistill_positions"] != 0:
+            _log_teaching(total, taught_by_peers=any("codistill_agreement" in log for log in logging_outputs))
+        for meters in metrics.get_active_aggregators():
+            distance = meters.get("codistill_loss")
+            if distance is not None and distance.count > 0:
+                distance.count = meters["loss"].count  # with what was trained on, but not taught
+
+
+def _log_teaching(total: Dict[str, Any], taught_by_peers: bool) -> None:
+    sample_size, positions, distance = total["sample_size"], total["codistill_positions"], total["codistill_loss"]
+    metrics.log_scalar("codistill_loss", distance / sample_size / math.log(2), sample_size, round=4)
+    # Each α counts as much as the distance that it weighs; where all distances are 0, the last α is shown.
+    alpha = total["codistill_weighted"] / distance if distance > 0 else total["codistill_alpha"] / positions
+    metrics.log_scalar("codistill_alpha", alpha, distance, round=4)
+    if taught_by_peers:
+        metrics.log_scalar("codistill_staleness", total["codistill_staleness"] / positions, positions, round=1)
+        metrics.log_scalar("codistill_agreement", total["codistill_agreement"] / positions, positions, round=3)
+    if total["codistill_dropped"] > 0:
+        metrics.log_scalar("codistill_dropped", total["codistill_dropped"] / positions, positions, round=4)
 
 
 _SUMMED = (
     "loss", "nll_loss", "ntokens", "sample_size",
-    "codistill_loss", "codistill_positions", "codistill_alpha", "codistill_staleness", "codistill_agreement",
+    "codistill_loss", "codistill_weighted", "codistill_positions", "codistill_alpha", "codistill_staleness",
+    "codistill_agreement", "codistill_dropped",
 )  # fmt: skip
 
 

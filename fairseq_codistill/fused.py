@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import AGGREGATE_GRADIENTS, DISTANCES
+from . import guard
+from .losses import AGGREGATE_GRADIENTS, DISTANCES, unfit
+from .output_layer import compute_dtype
 
 # Logits in a chunk: on a CPU what its caches hold, on a GPU enough to keep it busy; and no fewer positions than this.
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -53,6 +55,7 @@ class Sums(NamedTuple):
     nll: Tensor
     distance: Tensor
     agreement: Tensor  # positions at which a peer's top class is mine, mean over the peers
+    dropped: Tensor  # of each peer, the positions at which it may not teach (see `guard`)
 
 
 def fused(
@@ -75,14 +78,16 @@ def agrees(peer_NV: Tensor, own_top_N: Tensor) -> Tensor:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features_NC, weight_VC, bias_V, target_N, peers, objective, chunk):
-        dtype = _compute_dtype(weight_VC)
+        dtype = compute_dtype(weight_VC)
         with torch.autocast(weight_VC.device.type, enabled=False):
-            run = _Run(weight_VC.to(dtype), None if bias_V is None else bias_V.to(dtype), objective, ctx.needs_input_grad)
+            run = _Run(
+                weight_VC.to(dtype), None if bias_V is None else bias_V.to(dtype), objective, ctx.needs_input_grad, len(peers)
+            )
             size = chunk or max(_FEWEST, _CHUNK.get(weight_VC.device.type, _CHUNK["cuda"]) // weight_VC.size(0))
             for start in range(0, features_NC.size(0), size):
                 part = slice(start, start + size)
                 logits = ((peer.project, peer.features_NC[part]) for peer in peers)
-                run.chunk(features_NC[part].to(dtype), target_N[part], logits, len(peers))
+                run.chunk(features_NC[part].to(dtype), target_N[part], logits)
         sums, gradients = run.results(features_NC)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = (features_NC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype)
@@ -100,19 +105,23 @@ class _Fused(torch.autograd.Function):
 class _Run:
     """One pass: sums and gradients so far. `weight_VC` in the dtype of the matrix products."""
 
-    def __init__(self, weight_VC: Tensor, bias_V: Optional[Tensor], objective: Objective, needed: Sequence[bool]) -> None:
+    def __init__(
+        self, weight_VC: Tensor, bias_V: Optional[Tensor], objective: Objective, needed: Sequence[bool], peers: int
+    ) -> None:  # fmt: skip
         self.weight_VC, self.bias_V, self.objective = weight_VC, bias_V, objective
         self.dtype = weight_VC.dtype
         self.wide = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
         self.scale = _FP16_SCALE if self.dtype == torch.float16 else 1.0
         self.nll, self.distance, self.agreement = (weight_VC.new_zeros((), dtype=self.wide) for _ in range(3))
+        self.dropped = weight_VC.new_zeros(peers, dtype=torch.long)
         self.to_features: List[Tensor] = []
         self.to_weight_VC = torch.zeros_like(weight_VC, dtype=self.wide) if needed[1] else None
         self.to_bias_V = torch.zeros_like(bias_V, dtype=self.wide) if needed[2] else None
 
-    def chunk(self, features_nC: Tensor, target_n: Tensor, peers, count: int) -> None:
+    def chunk(self, features_nC: Tensor, target_n: Tensor, peers) -> None:
         own = _Own(F.linear(features_nC, self.weight_VC, self.bias_V).to(self.wide))
         agreement: List[Tensor] = []
+        dropped: List[Tensor] = []
 
         def logits():
             for project, peer_features in peers:
@@ -121,10 +130,11 @@ class _Run:
                 yield peer_nV
                 del peer_nV  # before the next one is made
 
-        value_n, gradient_nV = _distance(self.objective, own, logits(), count)
+        value_n, gradient_nV = _distance(self.objective, own, logits(), dropped)
         self.nll += (own.log_total_n - own.logits_nV.gather(-1, target_n.unsqueeze(-1)).squeeze(-1)).sum()
         self.distance += value_n.sum()
-        self.agreement += sum(agreement) / count
+        self.agreement += sum(agreement) / len(agreement)
+        self.dropped += torch.stack([bad_n.sum() for bad_n in dropped])
         # ∂/∂logits of cross entropy is softmax − one at the target; the buffer of the softmax takes all of it.
         total_nV = own.probs_nV.add_(gradient_nV, alpha=self.objective.alpha)
         total_nV.scatter_add_(-1, target_n.unsqueeze(-1), total_nV.new_full((len(target_n), 1), -1.0))
@@ -144,14 +154,15 @@ class _Run:
             self.to_weight_VC += total_nV.T @ features_nC
 
     def results(self, features_NC: Tensor):
-        """(loss, nll, distance, agreement), and the gradients of the loss in features, weight and bias."""
+        """The `Sums`, and the gradients of the loss in features, weight and bias."""
         to_features = torch.cat(self.to_features) if self.to_features else torch.zeros_like(features_NC, dtype=self.wide)
         if self.scale != 1.0:
             to_features.div_(self.scale)
             if self.to_weight_VC is not None:
                 self.to_weight_VC.div_(self.scale)
         loss = self.nll + self.objective.alpha * self.distance
-        return (loss, self.nll, self.distance, self.agreement), (to_features, self.to_weight_VC, self.to_bias_V)
+        gradients = (to_features, self.to_weight_VC, self.to_bias_V)
+        return (loss, self.nll, self.distance, self.agreement, self.dropped), gradients
 
 
 class _Own:
@@ -178,41 +189,54 @@ class _Own:
         return highest_n - probs_nV.gather(-1, self.top_n.unsqueeze(-1)).squeeze(-1).log()
 
 
-def _distance(objective: Objective, own: _Own, peers, count: int) -> Tuple[Tensor, Tensor]:
-    """D [n] and ∂D/∂logits [n, V], for the logits that `peers` yields one after another."""
+def _distance(objective: Objective, own: _Own, peers, dropped: List[Tensor]) -> Tuple[Tensor, Tensor]:
+    """D [n] and ∂D/∂logits [n, V], for the logits that `peers` yields one after another. `dropped`: see `losses`."""
     name, temperature = objective.distance, objective.temperature
     if name not in _CLOSED:
-        return AGGREGATE_GRADIENTS[objective.aggregate](name, own.logits_nV, peers, temperature)
+        return AGGREGATE_GRADIENTS[objective.aggregate](name, own.logits_nV, peers, temperature, dropped)
     prepare, compare = _CLOSED[name]
     teachers = map(lambda peer_nV: prepare(peer_nV, temperature), peers)
+    factor = temperature if DISTANCES[name].mean_of == "probabilities" else 2 / own.logits_nV.size(-1)
     if objective.aggregate == "mean":
-        teachers, count = [_mean(teachers, count)], 1
+        return _to_mean(name, own, teachers, temperature, factor, dropped)
     total: Optional[Tuple[Tensor, Tensor]] = None
     for teacher_nV in teachers:
-        total = _plus(total, _usable(*compare(own, teacher_nV, temperature)))
-        del teacher_nV
-    factor = temperature if DISTANCES[name].mean_of == "probabilities" else 2 / own.logits_nV.size(-1)
+        *both, bad_n = _usable(name, own, *compare(own, teacher_nV, temperature))
+        dropped.append(bad_n)
+        total = _plus(total, both)
+        del teacher_nV, both
+    count = len(dropped)
     return total[0] / count, total[1].mul_(factor / count)
 
 
-def _plus(total: Optional[Tuple[Tensor, Tensor]], more: Tuple[Tensor, Tensor]) -> Tuple[Tensor, Tensor]:
-    return more if total is None else (total[0] + more[0], total[1].add_(more[1]))
+def _plus(total: Optional[Tuple[Tensor, Tensor]], more: Sequence[Tensor]) -> Tuple[Tensor, Tensor]:
+    return (more[0], more[1]) if total is None else (total[0] + more[0], total[1].add_(more[1]))
 
 
-def _usable(value_n: Tensor, gradient_nV: Tensor) -> Tuple[Tensor, Tensor]:
-    """A peer's row that is not finite teaches nothing."""
-    bad_n = ~value_n.isfinite()
-    if value_n.is_cuda or bad_n.any():  # a GPU would have to be waited for
-        value_n, gradient_nV = value_n.masked_fill(bad_n, 0), gradient_nV.masked_fill_(bad_n.unsqueeze(-1), 0)
-    return value_n, gradient_nV
+def _usable(name: str, own: _Own, value_n: Tensor, gradient_nV: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """D and its gradient, 0 in the rows that were dropped; and which these are."""
+    if DISTANCES[name].bounded:
+        bad_n = ~value_n.isfinite()
+    else:
+        bad_n = guard.squared_unusable(value_n, own.logits_nV, DISTANCES[name].centred)
+    return guard.zeroed(bad_n, value_n), guard.zeroed(bad_n, gradient_nV), bad_n
 
 
-def _mean(teachers, count: int) -> Tensor:
-    mean_nV = None
+def _to_mean(
+    name: str, own: _Own, teachers, temperature: float, factor: float, dropped: List[Tensor]
+) -> Tuple[Tensor, Tensor]:  # fmt: skip
+    """As `_distance`, to the mean of the peers' rows that are usable."""
+    mean_nV, usable = None, guard.Usable()
     for teacher_nV in teachers:
+        dropped.append(unfit(name, own.logits_nV, teacher_nV))
+        usable.add(dropped[-1])
+        guard.zeroed(dropped[-1], teacher_nV)
         mean_nV = teacher_nV if mean_nV is None else mean_nV.add_(teacher_nV)
         del teacher_nV
-    return mean_nV.div_(count)
+    compare = _CLOSED[name][1]
+    value_n, gradient_nV, bad_n = _usable(name, own, *compare(own, usable.mean(mean_nV), temperature))
+    dropped[:] = [mask_n | bad_n for mask_n in dropped]
+    return usable.weigh(value_n), usable.weigh(gradient_nV.mul_(factor))
 
 
 # For each distance with a closed form: a peer's logits made comparable, whose mean may be taken; then D, and ∂D/∂logits
@@ -260,10 +284,3 @@ _CLOSED = {
 
 def _dot(left_nV: Tensor, right_nV: Tensor) -> Tensor:
     return torch.linalg.vecdot(left_nV, right_nV)
-
-
-def _compute_dtype(weight_VC: Tensor) -> torch.dtype:
-    """What the model's own output layer would compute in: autocast's dtype under --amp on a GPU."""
-    if weight_VC.is_cuda and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    return weight_VC.dtype

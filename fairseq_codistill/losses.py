@@ -8,11 +8,13 @@ Half-precision logits are widened to float32 first. No gradient ever reaches a p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, Optional, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import guard
 
 
 def mse(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -65,80 +67,126 @@ class Distance:
     function: Callable[[Tensor, Tensor, float], Tensor]
     mean_of: str  # "logits" or "probabilities"
     alpha: float
+    bounded: bool  # whether no row can pull harder than a cross entropy; see `guard`
+    centred: bool = True  # whether a constant added to a row's logits changes nothing
 
 
 # The α of `ce` and `mse` were tuned on Multi30k (recipes/multi30k_en_de). `kl` has the gradient of `ce`; near agreement
 # `reverse_kl` equals `kl`, and `js` a quarter of it, to second order; the squared distances differ by a row's mean alone.
 DISTANCES: Dict[str, Distance] = {
-    "mse": Distance(mse, "logits", 0.1),
-    "centered_mse": Distance(centered_mse, "logits", 0.1),
-    "kl": Distance(kl, "probabilities", 0.3),
-    "reverse_kl": Distance(reverse_kl, "probabilities", 0.3),
-    "js": Distance(js, "probabilities", 1.2),
-    "ce": Distance(ce, "probabilities", 0.3),
+    "mse": Distance(mse, "logits", 0.1, bounded=False, centred=False),
+    "centered_mse": Distance(centered_mse, "logits", 0.1, bounded=False),
+    "kl": Distance(kl, "probabilities", 0.3, bounded=True),
+    "reverse_kl": Distance(reverse_kl, "probabilities", 0.3, bounded=False),
+    "js": Distance(js, "probabilities", 1.2, bounded=True),
+    "ce": Distance(ce, "probabilities", 0.3, bounded=True),
 }
 # The smoothing controls, each with its default α: 0.1/0.9, which is label smoothing of 0.1.
 CONTROLS: Dict[str, float] = {"uniform": 1 / 9, "unigram": 1 / 9}
 
 
-def pairwise(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0) -> Tensor:
+Dropped = Optional[List[Tensor]]  # to which each peer's dropped rows are appended, booleans [N]
+
+
+def pairwise(
+    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None
+) -> Tensor:  # fmt: skip
     """Mean over the peers of D(own, peer), for each position (Sodhani et al., Algorithm 1).
 
     `peers` yields logits [N, V] one after another, and each is dropped before the next is asked for: memory does not
-    grow with their number. A peer's row that is not finite teaches nothing. Returns [N], differentiable once in `own_NV`.
+    grow with their number. A peer's row that is `guard.unusable` teaches nothing: D is 0 there. Returns [N],
+    differentiable once in `own_NV`.
     """
-    return _KnownGradient.apply(own_NV, *pairwise_gradient(name, own_NV, peers, temperature))
+    return _KnownGradient.apply(own_NV, *pairwise_gradient(name, own_NV, peers, temperature, dropped))
 
 
-def to_mean(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0) -> Tensor:
+def to_mean(
+    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None
+) -> Tensor:  # fmt: skip
     """D(own, the peers' mean prediction), for each position (Anil et al., Algorithm 1). Shapes as `pairwise`.
 
     The mean is of logits for the squared distances and of probabilities (at τ) for the others. For `mse`, `ce` and `kl`
-    its gradient equals that of `pairwise`.
+    its gradient equals that of `pairwise`. Where a peer's row is unusable the mean is of the others, and counts less.
     """
-    return _KnownGradient.apply(own_NV, *to_mean_gradient(name, own_NV, peers, temperature))
+    return _KnownGradient.apply(own_NV, *to_mean_gradient(name, own_NV, peers, temperature, dropped))
 
 
-def pairwise_gradient(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0) -> Tuple[Tensor, Tensor]:
+def pairwise_gradient(
+    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None
+) -> Tuple[Tensor, Tensor]:  # fmt: skip
     """What `pairwise` returns, [N], and its gradient in `own_NV`, [N, V]; neither can be differentiated further."""
     total: Optional[Tuple[Tensor, Tensor]] = None
     count = 0
     for peer_NV in peers:
-        value_N, gradient_NV = _value_and_gradient(name, own_NV, peer_NV, temperature)
+        value_N, gradient_NV, bad_N = _value_and_gradient(name, own_NV, peer_NV, temperature)
         total = (value_N, gradient_NV) if total is None else (total[0] + value_N, total[1].add_(gradient_NV))
         count += 1
+        if dropped is not None:
+            dropped.append(bad_N)
     assert total is not None, "a distance needs at least one peer"
     return total[0] / count, total[1].div_(count)
 
 
-def to_mean_gradient(name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0) -> Tuple[Tensor, Tensor]:
+def to_mean_gradient(
+    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None
+) -> Tuple[Tensor, Tensor]:  # fmt: skip
     """As `pairwise_gradient`, of `to_mean`."""
     probabilities = DISTANCES[name].mean_of == "probabilities"
-    mean_NV, count = None, 0
+    mean_NV, usable, masks = None, guard.Usable(), []
     for peer_NV in peers:
-        peer_NV = _probs(_wide(peer_NV), temperature) if probabilities else _wide(peer_NV)
-        mean_NV = peer_NV.clone() if mean_NV is None else mean_NV.add_(peer_NV)
-        count += 1
+        peer_NV = _probs(_wide(peer_NV), temperature) if probabilities else _wide(peer_NV).clone()
+        masks.append(unfit(name, own_NV, peer_NV))
+        usable.add(masks[-1])
+        guard.zeroed(masks[-1], peer_NV)
+        mean_NV = peer_NV if mean_NV is None else mean_NV.add_(peer_NV)
+        del peer_NV  # before the next one is made
     assert mean_NV is not None, "a distance needs at least one peer"
-    mean_NV.div_(count)
+    usable.mean(mean_NV)
     if probabilities:  # back to logits, whose softmax at τ is the mean distribution
         mean_NV = mean_NV.clamp_min_(torch.finfo(mean_NV.dtype).tiny).log_().mul_(temperature)
-    return pairwise_gradient(name, own_NV, [mean_NV], temperature)
+    value_N, gradient_NV, bad_N = _value_and_gradient(name, own_NV, mean_NV, temperature)
+    if dropped is not None:
+        dropped.extend(mask | bad_N for mask in masks)
+    return usable.weigh(value_N), usable.weigh(gradient_NV)
+
+
+def unfit(name: str, own_NV: Tensor, peer_NV: Tensor) -> Tensor:
+    """The rows of a peer that must not go into a mean, booleans [N]. `peer_NV`: what the mean is taken of."""
+    if DISTANCES[name].mean_of == "probabilities":
+        return ~peer_NV[:, 0].isfinite()  # a softmax is finite everywhere in a row, or nowhere
+    own_NV, centred = _wide(own_NV.detach()), DISTANCES[name].centred
+    return guard.squared_unusable(guard.size(own_NV - peer_NV, centred), own_NV, centred)
 
 
 AGGREGATES = {"pairwise": pairwise, "mean": to_mean}
 AGGREGATE_GRADIENTS = {"pairwise": pairwise_gradient, "mean": to_mean_gradient}
 
 
-def _value_and_gradient(name: str, own_NV: Tensor, peer_NV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
-    """D [N] and ∂D/∂own [N, V]: taken at once, so that no graph of [N, V] tensors waits for the model's backward."""
+def _value_and_gradient(
+    name: str, own_NV: Tensor, peer_NV: Tensor, temperature: float
+) -> Tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """D [N] and ∂D/∂own [N, V]: taken at once, so that no graph of [N, V] tensors waits for the model's backward.
+
+    Both are 0 in the rows that were dropped, the third: booleans [N].
+    """
     with torch.enable_grad():
         leaf_NV = _wide(own_NV.detach()).requires_grad_()
         value_N = DISTANCES[name].function(leaf_NV, _wide(peer_NV.detach()), temperature)
         (gradient_NV,) = torch.autograd.grad(value_N.sum(), leaf_NV)
-    value_N = value_N.detach()
-    usable_N = value_N.isfinite()  # a peer's overflow must not become mine
-    return value_N.masked_fill_(~usable_N, 0), gradient_NV.masked_fill_(~usable_N.unsqueeze(-1), 0)
+    value_N, own_NV = value_N.detach(), leaf_NV.detach()
+    bad_N = _unusable(DISTANCES[name], value_N, gradient_NV, own_NV, _wide(peer_NV.detach()), temperature)
+    return value_N.masked_fill_(bad_N, 0), gradient_NV.masked_fill_(bad_N.unsqueeze(-1), 0), bad_N
+
+
+def _unusable(
+    kind: Distance, value_N: Tensor, gradient_NV: Tensor, own_NV: Tensor, peer_NV: Tensor, temperature: float
+) -> Tensor:  # fmt: skip
+    if kind.bounded:
+        return ~value_N.isfinite()
+    if kind.mean_of == "logits":
+        return guard.squared_unusable(value_N, own_NV, kind.centred)
+    pull_N, apart_N = torch.linalg.vecdot(gradient_NV, gradient_NV), guard.size(own_NV - peer_NV, kind.centred)
+    return guard.unusable(value_N, pull_N, apart_N, own_NV, kind.centred, temperature)
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -22,14 +23,15 @@ def first(net_output: Any) -> Any:
 def output_layer(model: nn.Module, net_input: Dict[str, Any], is_output: Callable[[Any, Tensor], bool]) -> Optional[nn.Linear]:
     """The `nn.Linear` whose output is the model's; None if there is no such.
 
-    Runs the model once, on the first of the batch, in evaluation: nothing of it changes, nor do random numbers.
+    Runs the model once, on the first of the batch, in evaluation: nothing of it changes, nor do random numbers. Without
+    autocast, which would keep the weights that it casts here, without a gradient, for the training forward that follows.
     `is_output(net_output, logits)` has a last word, such as whether these are logits.
     """
     calls: List = []
     candidates = [module for module in model.modules() if _projects(module)]
     handles = [module.register_forward_hook(lambda module, _, out: calls.append((module, out))) for module in candidates]
     try:
-        with _evaluating(model), torch.no_grad():
+        with _evaluating(model), torch.no_grad(), _without_autocast(model):
             net_output = model(**_first_of_batch(net_input))
             logits = first(net_output)
             layers = [module for module, out in calls if out is logits]
@@ -51,6 +53,30 @@ def replaced(layer: nn.Module, function: Callable[[Tensor], Any]) -> Iterator[No
         del layer.forward
 
 
+def projection(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """What a peer's output layer does to its features [n, C], as autocast would have it here and now.
+
+    Its weight is taken once for all chunks: in 8 bits it is made anew whenever it is asked for. Features are cast, since
+    autocast makes them in other dtypes than the weight's: fp16 or bf16, and fp32 behind a layer norm.
+    """
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    dtype = compute_dtype(weight)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return lambda features: F.linear(features.to(dtype), weight, bias)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What a linear layer with this weight computes in, here and now: autocast's dtype under --amp."""
+    device = weight.device.type
+    if hasattr(torch, "get_autocast_dtype"):
+        active, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype
+    elif weight.is_cuda:  # torch before 2.4
+        active, dtype = torch.is_autocast_enabled(), lambda device: torch.get_autocast_gpu_dtype()
+    else:
+        active, dtype = torch.is_autocast_cpu_enabled(), lambda device: torch.get_autocast_cpu_dtype()
+    return dtype(device) if active and weight.dtype != torch.float64 else weight.dtype
+
+
 def _projects(module: nn.Module) -> bool:
     """Whether it is a matrix product and nothing else; with the weight in 8 bits, too."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
@@ -69,6 +95,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _without_autocast(model: nn.Module) -> torch.autocast:
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    return torch.autocast(device, enabled=False)
 
 
 def _first_of_batch(net_input: Dict[str, Any]) -> Dict[str, Any]:

@@ -125,6 +125,42 @@ def test_metrics_of_several_ranks_and_micro_batches(setting):
     assert _reduced(criterion, [outputs[0], untaught])["codistill_alpha"] == 0.5, "the mean over the taught positions"
 
 
+def test_the_logged_identity_over_an_interval(setting):
+    """Plain updates (burn-in, --codistill-every), micro-batches and an α that changes, inside one log interval."""
+    criterion = setting.criterion()
+    small, plain = setting.dataset.collater(setting.items[:2]), lambda sample: criterion(setting.model, sample)[2]
+    taught = lambda alpha, sample=None: criterion(setting.model, setting.teach(sample, alpha))[2]  # noqa: E731
+    intervals = [
+        [[plain(setting.sample)], [plain(small)], [taught(1.0)], [plain(setting.sample)]],
+        [[taught(1.0)], [taught(0.4, small), taught(0.4)], [plain(small)]],
+        [[plain(small)]],
+        [[taught(0.0)], [taught(2.0, small)]],
+    ]
+    with metrics.aggregate(new_root=True) as meters:
+        for updates in intervals:
+            meters.reset()
+            for outputs in updates:
+                criterion.reduce_metrics(outputs)
+            values = {name: meters[name].avg for name in meters if "ppl" not in name}
+            if len(updates) > 1:
+                added = values["codistill_alpha"] * values["codistill_loss"]
+                assert float(values["loss"]) == pytest.approx(float(values["nll_loss"] + added), rel=1e-5)
+            else:
+                assert values["codistill_loss"] is None and values["codistill_alpha"] is None, "nothing was taught"
+        assert float(values["codistill_alpha"]) == pytest.approx(2.0 * _share(intervals[-1]), rel=1e-5)
+
+
+def _share(updates):
+    """How much of the distance is the last update's."""
+    return float(updates[1][0]["codistill_loss"] / (updates[0][0]["codistill_loss"] + updates[1][0]["codistill_loss"]))
+
+
+def test_where_all_distances_are_0_alpha_is_shown_all_the_same(setting):
+    outputs = setting.criterion()(setting.model, {**setting.sample, hook.TEACHING: Teaching(0.3, [setting.model])})[2]
+    values = _reduced(CodistillCriterion, [outputs])
+    assert values["codistill_loss"] == 0 and values["codistill_alpha"] == 0.3
+
+
 def test_the_smoothing_controls(setting):
     own = setting.model(**setting.sample["net_input"])[0]
     kept = setting.sample["target"] != 1

@@ -48,9 +48,10 @@ def reference(features, weight, bias, target, logits, objective):
     """All logits at once, by the equations of `losses`."""
     own = F.linear(features, weight, bias)
     nll = F.cross_entropy(own, target, reduction="sum")
-    distance = AGGREGATES[objective.aggregate](objective.distance, own, logits, objective.temperature).sum()
+    dropped = []
+    distance = AGGREGATES[objective.aggregate](objective.distance, own, logits, objective.temperature, dropped).sum()
     agreement = sum((own.argmax(-1) == peer.argmax(-1)).sum() for peer in logits) / len(logits)
-    return nll + objective.alpha * distance, nll, distance, agreement
+    return nll + objective.alpha * distance, nll, distance, agreement, torch.stack([rows.sum() for rows in dropped])
 
 
 CASES = [(d, a, t, n) for d in DISTANCES for a in AGGREGATES for t, n in ((1.0, 1), (2.5, 1), (1.0, 3), (0.7, 2))]

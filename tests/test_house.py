@@ -12,7 +12,8 @@ from fairseq_codistill.config import CodistillConfig
 
 # Each room, and what of the house it may import: arrows point downwards only.
 LAYERS = {
-    "losses": set(),
+    "guard": set(),
+    "losses": {"guard"},
     "schedules": set(),
     "topology": set(),
     "manifest": set(),
@@ -32,7 +33,7 @@ LAYERS = {
     "courier": {"exchange", "manifest", "observer", "snapshot", "worker"},
     "int8": set(),
     "replica": {"int8"},
-    "fused": {"losses"},
+    "fused": {"guard", "losses", "output_layer"},
     "output_layer": set(),
     "group": set(),
     "codistiller": {
@@ -45,7 +46,7 @@ LAYERS = {
     "hook": {"codistiller", "data_order", "ending", "exchange", "wrapping"},
     "config": {"losses", "schedules", "topology"},
     "criterion": {
-        "config", "hook", "codistiller", "exchange", "fused", "losses", "output_layer", "stores", "topology",
+        "config", "hook", "codistiller", "exchange", "fused", "guard", "losses", "output_layer", "stores", "topology",
     },  # fmt: skip
     "fairseq_log": set(),
     "launch_plan": set(),
@@ -80,7 +81,7 @@ LAYERS = {
 }
 # Which libraries a room may know of, where that is a rule; the commands must start without fairseq and torch.
 FOREIGN = {
-    "losses": {"torch"}, "fused": {"torch"}, "output_layer": {"torch"}, "int8": {"torch"},
+    "guard": {"torch"}, "losses": {"torch"}, "fused": {"torch"}, "output_layer": {"torch"}, "int8": {"torch"},
     "schedules": set(), "topology": set(), "snapshot": {"torch", "safetensors"}, "exchange": set(),
     "manifest": set(), "stores": set(), "directory_store": set(), "lock_file": set(),
     "run": set(), "others": set(), "membership": set(), "structure": set(),

@@ -8,6 +8,7 @@ Training never stops because of a peer: whatever is wrong with one is a warning,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
@@ -300,7 +301,7 @@ class Codistiller:
         )  # fmt: skip
 
     def _needed_from(self) -> int:
-        """Of my snapshots, the earliest that a learner in lockstep may still ask for; for as long as others would wait for it."""
+        """Of my snapshots, the earliest that a learner in lockstep may still ask for, while others would wait for it."""
         learners, patience = learners_of(self.peer, self.edges), max(self.wait or LOCKSTEP_WAIT, SILENT_SECONDS)
         return self.exchange.needed_from(learners, self.interval, patience)
 

@@ -11,7 +11,7 @@ from fairseq_runs import free_port
 from test_courier import Arrivals, Gate
 from torch import nn
 
-from fairseq_codistill import codistiller as codistiller_module
+from fairseq_codistill import group, meeting
 from fairseq_codistill.codistiller import AlphaSchedule, Codistiller
 from fairseq_codistill.exchange import Exchange, Run
 from fairseq_codistill.snapshot import fingerprint, tensors_of
@@ -432,11 +432,11 @@ def _rank_with_a_late_read(rank, port, path, results):
 def _wait_of_ranks(rank, port, path, results):
     """Rank 0 waits for a peer that never comes, in more slices than one; the others wait with it, and all go on."""
     torch.set_num_threads(1)
-    codistiller_module._SLICE = 0.1
+    meeting._SLICE = 0.1
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     one = codistiller(open_store(path), 0, model=Model(), wait=0.35)
-    shared, share = [], one._share
-    one._share = lambda what: shared.append(share(what)) or shared[-1]
+    shared, share = [], group.share
+    group.share = lambda what: shared.append(share(what)) or shared[-1]
     held = [one.teaching(update) for update in range(3)]
     results.put((rank, (held, False in shared, shared.count(None) >= 2)))
     dist.destroy_process_group()

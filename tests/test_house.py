@@ -29,8 +29,9 @@ LAYERS = {
     "fused": {"losses"},
     "output_layer": set(),
     "group": set(),
+    "meeting": {"courier", "exchange", "group", "manifest"},
     "codistiller": {
-        "courier", "exchange", "group", "int8", "manifest", "replica", "snapshot", "schedules", "topology", "worker",
+        "courier", "exchange", "group", "int8", "manifest", "meeting", "replica", "snapshot", "schedules", "topology", "worker",
     },  # fmt: skip
     "wrapping": set(),
     "ending": set(),

@@ -36,9 +36,10 @@ LAYERS = {
     "fused": {"guard", "losses", "output_layer"},
     "output_layer": set(),
     "group": set(),
+    "meeting": {"courier", "exchange", "group", "manifest"},
     "codistiller": {
-        "courier", "exchange", "group", "int8", "manifest", "replica", "snapshot", "schedules", "structure", "topology",
-        "worker",
+        "courier", "exchange", "group", "int8", "manifest", "meeting", "replica", "snapshot", "schedules", "structure",
+        "topology", "worker",
     },  # fmt: skip
     "wrapping": set(),
     "ending": set(),

@@ -15,7 +15,7 @@ from fairseq_codistill import codistiller as codistiller_module
 from fairseq_codistill import courier as courier_module
 from fairseq_codistill import group, meeting
 from fairseq_codistill.codistiller import AlphaSchedule, Codistiller
-from fairseq_codistill.exchange import Exchange, Run
+from fairseq_codistill.exchange import KEEP_FOR_LEARNERS, Exchange, Run
 from fairseq_codistill.snapshot import fingerprint, tensors_of
 from fairseq_codistill.stores import MemoryStore, open_store
 from fairseq_codistill.topology import edges_of
@@ -428,6 +428,17 @@ def test_lockstep_keeps_what_a_learner_would_need_to_resume():
     run(29, 41)
     kept = [name for name in store.names("peer0") if name.endswith(".safetensors")]
     assert kept[0] == "u000000020.safetensors"
+
+
+def test_lockstep_does_not_wait_for_what_a_teacher_no_longer_keeps():
+    """Peer 1 was dead for long; restarted at update 4, it meets peer 0 as it is now, and at once."""
+    store, naps = MemoryStore(), []
+    other = codistiller(store, 0, lockstep=True, wait=0.001)
+    train(other, 81)
+    kept = [name for name in store.names("peer0") if name.endswith(".safetensors")]
+    assert len(kept) <= KEEP_FOR_LEARNERS and "u000000004.safetensors" not in kept
+    me = codistiller(store, 1, lockstep=True, wait=1e9, sleep=naps.append)
+    assert me.teaching(4).staleness == -76 and naps == []
 
 
 # What is said of the options.

@@ -3,12 +3,14 @@
 import copy
 import math
 import weakref
+from weakref import WeakKeyDictionary
 
 import fairseq
 import pytest
 import torch
 import torch.nn.functional as F
 from fairseq.distributed import ModuleProxyWrapper
+from fairseq.utils import move_to_cuda
 from fairseq_runs import _FORK as FORK
 from fairseq_runs import CODISTILL, free_port, preprocess
 from test_criterion import Setting
@@ -20,6 +22,7 @@ from fairseq_codistill.codistiller import Teaching
 from fairseq_codistill.fused import Objective, Peer, fused
 from fairseq_codistill.losses import AGGREGATES, DISTANCES
 from fairseq_codistill.output_layer import output_layer, replaced
+from fairseq_codistill.replica import replica
 
 N, C, V = 7, 5, 11
 
@@ -374,3 +377,84 @@ def test_tied_lstm_and_adaptive_softmax_take_the_general_path(raw, tmp_path):
         assert other.criterion()._output_layers(other.model, other.sample, Teaching(1.0, [other.peer])) is None
         loss, _, log = other.criterion()(other.model, other.teach())
         assert loss.isfinite() and log["codistill_loss"] > 0
+
+
+# Under autocast (--amp).
+
+
+@pytest.fixture
+def autocast(monkeypatch):
+    """Autocast as CUDA's, on a CPU: linear layers in 16 bits, layer norms in float32 (which CPU's leaves as they are)."""
+    layer_norm = F.layer_norm
+
+    def in_float32(x, shape, weight=None, bias=None, eps=1e-5):
+        if not torch.is_autocast_enabled("cpu"):
+            return layer_norm(x, shape, weight, bias, eps)
+        wide = [None if part is None else part.float() for part in (x, weight, bias)]
+        return layer_norm(wide[0], shape, *wide[1:], eps)
+
+    monkeypatch.setattr(F, "layer_norm", in_float32)
+    return lambda enabled=True: torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
+
+
+AUTOCAST = [(None, None), (torch.bfloat16, None), (torch.int8, None)]  # a CPU's autocast knows no fp16
+AUTOCAST += [(None, FUSED_MODELS["lstm"]), (None, FUSED_MODELS["fconv"])]
+
+
+@pytest.mark.parametrize("peer_dtype,model", AUTOCAST, ids=["fp32", "bf16 peer", "int8 peer", "lstm", "fconv"])
+def test_both_paths_are_one_under_autocast(setting, data, autocast, peer_dtype, model):
+    """Features come in another dtype than the layer's weight: 16 bits from a linear layer, float32 from a layer norm."""
+    setting = Setting(data, CODISTILL, model=model) if model else setting
+    dtypes, peer = [], replica(setting.peer, peer_dtype)
+    sample = {**setting.sample, hook.TEACHING: Teaching(0.7, [peer], 2.0)}
+    results = []
+    for layers in ({}, {setting.model: None}):
+        criterion = setting.criterion(loss="ce")
+        criterion._layers.update(layers)
+        setting.model.zero_grad()
+        with autocast():
+            loss, _, log = criterion(setting.model, sample)
+        loss.backward()
+        dtypes.append({p.grad.dtype for p in setting.model.parameters() if p.grad is not None})
+        gradients = {n: p.grad.clone() for n, p in setting.model.named_parameters() if p.grad is not None}
+        results.append((float(loss.detach()), float(log["codistill_loss"]), gradients))
+        assert (criterion._layers[setting.model] is None) == bool(layers)
+    assert dtypes == [{torch.float32}] * 2
+    (loss, distance, gradients), (slow_loss, slow_distance, slow_gradients) = results
+    assert loss == pytest.approx(slow_loss, rel=5e-3) and distance == pytest.approx(slow_distance, rel=5e-3)
+    assert gradients.keys() == slow_gradients.keys()
+    for name, slow in slow_gradients.items():
+        assert (gradients[name] - slow).norm() <= 5e-2 * slow.norm() + 1e-2, name
+
+
+def test_the_first_update_under_autocast_has_all_gradients(setting, autocast):
+    """The search for the output layer runs the model without gradients: what autocast casts there must not be kept."""
+    model, criterion = copy.deepcopy(setting.model), setting.criterion(loss="ce")
+    with autocast():
+        loss, _, _ = criterion(model, setting.teach())
+    loss.backward()
+    first = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    plain = copy.deepcopy(setting.model)
+    with autocast():
+        setting.criterion()(plain, setting.sample)[0].backward()
+    assert first.keys() == {name for name, p in plain.named_parameters() if p.grad is not None}
+    assert all(gradient.abs().sum() > 0 for name, gradient in first.items() if "k_proj.bias" not in name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("peer_dtype", [None, torch.bfloat16, torch.int8])
+def test_autocast_on_a_gpu(setting, dtype, peer_dtype):
+    criterion, model = setting.criterion(loss="ce"), copy.deepcopy(setting.model).cuda()
+    peer = replica(copy.deepcopy(setting.peer).cuda(), peer_dtype)
+    sample = move_to_cuda({**setting.sample})
+    losses = []
+    for layers in ({}, {model: None}):
+        criterion._layers = WeakKeyDictionary(layers)
+        model.zero_grad()
+        with torch.autocast("cuda", dtype=dtype):
+            loss, _, _ = criterion(model, {**sample, hook.TEACHING: Teaching(0.7, [peer], 2.0)})
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)

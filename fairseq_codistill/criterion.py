@@ -9,21 +9,20 @@ nobody to learn from) gets plain cross entropy: there is no mode flag.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple
-from weakref import WeakKeyDictionary
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.logging import metrics
 from fairseq.models import BaseFairseqModel
 from torch import Tensor, nn
 
-from . import config, hook
+from . import config, hook, teachers
 from .codistiller import AlphaSchedule, Codistiller, Teaching
 from .exchange import Exchange, Run
 from .fused import Objective, Peer, Sums, agrees, fused
@@ -55,11 +54,14 @@ class CodistillCriterion(CrossEntropyCriterion):
         self._warner = Warner()
         if self.distance_name == "unigram" and task.target_dictionary is None:
             raise ValueError("codistill_loss unigram needs a target dictionary, but this task has none; use uniform.")
-        _attach(task, cfg)
+        self._fit: WeakSet = WeakSet()  # frozen teachers that were tried on a batch
+        _attach(task, cfg, lambda: self.training)
 
     def forward(self, model, sample, reduce: bool = True):
         """The loss, its sample size, and what to log, as `cross_entropy` gives them."""
         teaching = sample.get(hook.TEACHING)
+        if teaching is not None:
+            self._try_teachers(teaching, sample)
         layers = self._output_layers(model, sample, teaching) if reduce and teaching is not None else None
         if layers:
             loss, nll_loss, log = self._fused(model, sample, teaching, layers)
@@ -74,6 +76,12 @@ class CodistillCriterion(CrossEntropyCriterion):
             "sample_size": sample_size,
             **log,
         }  # fmt: skip
+
+    def _try_teachers(self, teaching: Teaching, sample) -> None:
+        for peer in teaching.peers:
+            if hasattr(peer, "codistill_name") and peer not in self._fit:
+                teachers.check_fit(peer, teaching.cast(peer, sample["net_input"]), sample["target"])
+                self._fit.add(peer)
 
     def _whole(self, model, sample, teaching: Optional[Teaching], reduce: bool):
         """Loss, its cross entropy, and what to log of the teaching: for any model, from all its logits at once."""
@@ -230,8 +238,8 @@ _SUMMED = (
 )  # fmt: skip
 
 
-def _attach(task: Any, cfg: config.CodistillConfig) -> None:
-    """Build the codistiller that the options describe, and tie it to the task."""
+def _attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) -> None:
+    """Build the codistiller that the options describe, and tie it to the task. `trains`: not so in fairseq-validate."""
     decays = config.numbers(cfg, "codistill_weight_decays")
     if decays:
         hook.schedule_weight_decay(task, config.numbers(cfg, "codistill_milestones"), decays)
@@ -240,8 +248,8 @@ def _attach(task: Any, cfg: config.CodistillConfig) -> None:
     if not config.active(cfg):
         logger.info("codistillation: no peers are configured, so this trains alone, exactly as cross_entropy does")
         return
-    frozen = lambda: _load_teachers(cfg.codistill_teacher, task)  # noqa: E731
-    hook.attach(task, _codistiller(cfg), _run(task, cfg.codistill_peers), cfg.train_subset, frozen)
+    frozen = lambda: teachers.load(cfg.codistill_teacher, task)  # noqa: E731
+    hook.attach(task, _codistiller(cfg), _run(task, cfg.codistill_peers), cfg.train_subset, frozen, trains)
 
 
 def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
@@ -276,15 +284,7 @@ def _run(task: Any, peers: int) -> Run:
     dictionary = task.target_dictionary
     if dictionary is None:
         return Run(peers, None, None)
-    sha256 = hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
-    return Run(peers, sha256, len(dictionary))
-
-
-def _load_teachers(paths: Optional[str], task: Any) -> Sequence[torch.nn.Module]:
-    if not paths:
-        return ()
-    models, _ = checkpoint_utils.load_model_ensemble(paths.split(":"), task=task)
-    return models
+    return Run(peers, teachers.digest(dictionary), len(dictionary))
 
 
 def _plain_targets(model) -> bool:

@@ -22,14 +22,17 @@ TEACHING = "codistill"  # the sample's key
 _SIGTERM_SECONDS = 10.0  # schedulers kill half a minute after SIGTERM
 
 
-def attach(task: Any, codistiller: Codistiller, run: Run, train_subset: str, load_frozen: Callable[[], Sequence]) -> None:
+def attach(
+    task: Any, codistiller: Codistiller, run: Run, train_subset: str, load_frozen: Callable[[], Sequence],
+    trains: Callable[[], bool] = lambda: True,
+) -> None:  # fmt: skip
     """From now on `task` asks `codistiller` in each training step. `load_frozen` gives the offline teachers, when needed.
 
-    The exchange is joined when the training data is about to be loaded: training does that, validating does not.
+    The exchange is joined when the training data is about to be loaded and it `trains`: fairseq-validate may load it, too.
     """
 
     def load_dataset(load, split, *args, **kwargs):
-        if split == train_subset and not joined:
+        if split == train_subset and not joined and trains():
             joined.append(split)
             codistiller.join(run)
             _drain_on_sigterm(codistiller)

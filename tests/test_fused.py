@@ -1,5 +1,6 @@
 """The fused loss against the slow reference, and in real models against the path that holds all logits."""
 
+import contextlib
 import copy
 import math
 import weakref
@@ -10,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fairseq.distributed import ModuleProxyWrapper
+from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.utils import move_to_cuda
 from fairseq_runs import _FORK as FORK
-from fairseq_runs import CODISTILL, free_port, preprocess
+from fairseq_runs import CODISTILL, LOCKSTEP, Job, free_port, peer_environment, preprocess, taught, train_words
 from test_criterion import Setting
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -284,47 +286,64 @@ def test_bf16_peers(setting):
     torch.testing.assert_close(loss, slow, rtol=1e-3, atol=1e-3)
 
 
-def rank_gradients(rank, port, find_unused, data, pipe):
-    """One rank of two under torch's DDP: its gradients after two steps, each from zero."""
+def rank_gradients(rank, ranks, port, find_unused, data, pipe):
+    """One rank under torch's DDP, fairseq's default: its gradients after each of STEPS, each from zero."""
     address = f"tcp://127.0.0.1:{port}"
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
     setting = Setting(data, CODISTILL)
-    criterion, sample = setting.criterion(loss="ce"), setting.dataset.collater(setting.items[rank::2])
+    criterion = setting.criterion(loss="ce")
     wrapped = ModuleProxyWrapper(DistributedDataParallel(setting.model, find_unused_parameters=find_unused))
-    for _ in range(2):
+    steps = []
+    for teaches, micro_batches in STEPS:
         setting.model.zero_grad()
-        criterion(wrapped, setting.teach(sample))[0].backward()
+        for number in range(micro_batches):
+            last = number == micro_batches - 1
+            with contextlib.nullcontext() if last else wrapped.no_sync():  # as fairseq does for --update-freq
+                criterion(wrapped, rank_sample(setting, rank, ranks, teaches, number))[0].backward()
+        steps.append({name: p.grad.numpy().copy() for name, p in setting.model.named_parameters() if p.grad is not None})
     assert criterion._layers[wrapped] is setting.model.decoder.output_projection
-    pipe.send({name: p.grad.numpy() for name, p in setting.model.named_parameters() if p.grad is not None})
+    pipe.send(steps)
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("find_unused", [False, True])
-def test_torch_ddp_averages_the_gradients(data, setting, find_unused):
+# (taught or plain, micro-batches): as with --codistill-every, a late peer and --update-freq.
+STEPS = [(False, 1), (True, 1), (True, 2), (False, 2), (True, 1)]
+
+
+def rank_sample(setting, rank, ranks, teaches, number):
+    sample = setting.dataset.collater(setting.items[rank::ranks][number:] or setting.items[rank::ranks])
+    return setting.teach(sample) if teaches else sample
+
+
+@pytest.mark.parametrize("ranks,find_unused", [(2, False), (2, True), (3, False)])
+def test_torch_ddp_averages_the_gradients(data, setting, ranks, find_unused):
     """The loss is made inside the wrapped forward, so no parameter is taken for unused. (legacy_ddp: test_training.)"""
     if fairseq.__version__ == "0.12.2" and not find_unused:
         pytest.skip("stock fairseq has parameters that it does not use")
     port, jobs = free_port(), []
-    for rank in range(2):
+    for rank in range(ranks):
         reading, writing = FORK.Pipe(duplex=False)
-        jobs.append((FORK.Process(target=rank_gradients, args=(rank, port, find_unused, data, writing)), reading))
+        jobs.append((FORK.Process(target=rank_gradients, args=(rank, ranks, port, find_unused, data, writing)), reading))
         jobs[-1][0].start()
         writing.close()
     averaged = [reading.recv() for _, reading in jobs]  # EOFError if a rank has died
     for process, _ in jobs:
         process.join()
-    expected = []
-    for rank in range(2):
-        criterion = setting.criterion(loss="ce")
-        criterion._layers[setting.model] = None  # the general path
-        setting.model.zero_grad()
-        criterion(setting.model, setting.teach(setting.dataset.collater(setting.items[rank::2])))[0].backward()
-        expected.append({name: p.grad.clone() for name, p in setting.model.named_parameters() if p.grad is not None})
-    for name in expected[0]:
-        mean = (expected[0][name] + expected[1][name]) / 2
-        for gradients in averaged:
-            torch.testing.assert_close(torch.from_numpy(gradients[name]), mean, rtol=1e-4, atol=1e-4, msg=name)
+    for number, (teaches, micro_batches) in enumerate(STEPS):
+        expected = []
+        for rank in range(ranks):
+            criterion = setting.criterion(loss="ce")
+            criterion._layers[setting.model] = None  # the general path
+            setting.model.zero_grad()
+            for part in range(micro_batches):
+                criterion(setting.model, rank_sample(setting, rank, ranks, teaches, part))[0].backward()
+            expected.append({name: p.grad.clone() for name, p in setting.model.named_parameters() if p.grad is not None})
+        for name in expected[0]:
+            mean = sum(gradients[name] for gradients in expected) / ranks
+            for steps in averaged:
+                mine = torch.from_numpy(steps[number][name])
+                torch.testing.assert_close(mine, mean, rtol=1e-4, atol=1e-4, msg=f"{name}, step {number}")
 
 
 # Where the output layer is.
@@ -441,6 +460,42 @@ def test_the_first_update_under_autocast_has_all_gradients(setting, autocast):
     assert all(gradient.abs().sum() > 0 for name, gradient in first.items() if "k_proj.bias" not in name)
 
 
+def test_autocast_is_off_while_the_output_layer_is_looked_for(autocast):
+    """Or torch before 2.13 loses gradients: it keeps what it casts here, without a gradient, for the training forward."""
+    seen = []
+
+    class Watched(Model):
+        def forward(self, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(x)
+
+    with autocast():
+        assert output_layer(Watched("plain"), {"x": torch.randn(2, 4)}, lambda *_: True) is not None
+        assert torch.is_autocast_enabled("cpu") and seen == [False]
+
+
+class AmpOptimizer(AMPOptimizer):
+    """What fairseq's task asks of the optimizer of --amp."""
+
+    def __init__(self):
+        pass
+
+    def backward(self, loss):
+        loss.backward()
+
+
+def test_fairseqs_step_under_amp(setting, autocast, monkeypatch):
+    """Its autocast is CUDA's, so `--amp` on a CPU is idle: here it is this one."""
+    monkeypatch.setattr(torch.cuda.amp, "autocast", autocast)
+    model, criterion = copy.deepcopy(setting.model), setting.criterion(loss="ce")
+    step = type(setting.task).train_step
+    loss, _, log = step(setting.task, setting.teach(), model, criterion, AmpOptimizer(), 0)
+    assert criterion._layers[model] is model.decoder.output_projection and log["codistill_loss"] > 0
+    plain, _, _ = criterion(setting.model, setting.teach())
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-2) and loss != plain
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("peer_dtype", [None, torch.bfloat16, torch.int8])
@@ -458,3 +513,11 @@ def test_autocast_on_a_gpu(setting, dtype, peer_dtype):
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         losses.append(float(loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_amp_trains_on_a_gpu(data, tmp_path):
+    words = [train_words(data, tmp_path / f"{i}", LOCKSTEP, f"--max-update 6 --amp --seed {i + 1}") for i in range(2)]
+    environments = [peer_environment(i, 2, tmp_path / "exchange") for i in range(2)]
+    jobs = [Job([word for word in one if word != "--cpu"], env) for one, env in zip(words, environments)]
+    assert all(len(taught(job.finish())) == 2 for job in jobs)

@@ -165,8 +165,7 @@ class Codistiller:
         if not self.needs_peers:
             return Teaching(alpha)
         if self.frozen:
-            names = [f"teacher {number} of --codistill-teacher" for number in range(1, len(self.frozen) + 1)]
-            return Teaching(alpha, self.frozen, names=names)
+            return Teaching(alpha, self.frozen, names=[getattr(model, "codistill_name", "a teacher") for model in self.frozen])
         fresh = {peer: held for peer, held in self._held.items() if self._may_teach(held, update)}
         if not fresh:
             return None

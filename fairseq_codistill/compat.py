@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import importlib
+import logging
 import re
 import sys
 import types
@@ -49,6 +50,21 @@ def avoid_broken_fast_path() -> None:
     if fairseq.__version__ == "0.12.2":
         # Each layer sets this attribute to True for itself; a property of the class has the last word.
         TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)
+
+
+# Libraries that we bring in and that log what they do, line by line: to storage, and for each image.
+_CHATTY = ("aiobotocore", "aiohttp", "asyncio", "boto3", "botocore", "fsspec", "gcsfs", "PIL", "s3fs", "s3transfer", "urllib3")
+
+
+def quieten_libraries() -> None:
+    """`import fairseq` leaves the root logger at DEBUG with a handler on stderr, so that these would speak up in each script.
+
+    Whoever has set the level of one of these loggers is left alone, as is the root logger.
+    """
+    for name in _CHATTY:
+        library = logging.getLogger(name)
+        if library.level == logging.NOTSET:
+            library.setLevel(logging.WARNING)
 
 
 # What torchvision's import asks for where its compiled part cannot be loaded: beside a torch built for CPUs alone.

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import logging
 import math
 import os
 
@@ -150,6 +151,21 @@ def test_anything_else_is_refused_and_not_run(tmp_path):
     with pytest.raises(Exception, match="Weights only load failed|Unsupported global"):
         there_and_back(tmp_path / "x.pt", {"model": Foreign(f"touch {proof}")})
     assert not proof.exists()
+
+
+def test_libraries_do_not_tell_each_step(monkeypatch):
+    """What fairseq does to the root logger shows what they say for debugging; a level that somebody has set stays."""
+    names = ("botocore", "s3fs", "PIL", "asyncio")
+    for name in names:
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    logging.getLogger("s3fs").setLevel(logging.DEBUG)
+    root = logging.getLogger().level
+    logging.getLogger("botocore.hooks").manager._clear_cache()
+    compat.quieten_libraries()
+    assert not logging.getLogger("botocore.hooks").isEnabledFor(logging.DEBUG)
+    assert logging.getLogger("botocore.hooks").isEnabledFor(logging.WARNING)
+    assert not logging.getLogger("PIL.PngImagePlugin").isEnabledFor(logging.INFO)
+    assert logging.getLogger("s3fs").level == logging.DEBUG and logging.getLogger().level == root
 
 
 def test_the_switch_that_turns_safety_off_is_not_used():

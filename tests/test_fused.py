@@ -489,9 +489,10 @@ def test_fairseqs_step_under_amp(setting, autocast, monkeypatch):
     monkeypatch.setattr(torch.cuda.amp, "autocast", autocast)
     model, criterion = copy.deepcopy(setting.model), setting.criterion(loss="ce")
     step = type(setting.task).train_step
-    loss, _, log = step(setting.task, setting.teach(), model, criterion, AmpOptimizer(), 0)
+    sample = {**setting.sample, hook.TEACHING: Teaching(1.0, [replica(setting.peer, torch.bfloat16)])}
+    loss, _, log = step(setting.task, sample, model, criterion, AmpOptimizer(), 0)
     assert criterion._layers[model] is model.decoder.output_projection and log["codistill_loss"] > 0
-    plain, _, _ = criterion(setting.model, setting.teach())
+    plain, _, _ = criterion(setting.model, sample)
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-2) and loss != plain
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 

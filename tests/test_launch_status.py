@@ -240,7 +240,7 @@ def test_the_layout_is_the_exchanges_own(tmp_path, capsys):
         code, out, _ = status(capsys, path, "--json")
         told = json.loads(out)
         assert code == 0 and told["run"] == {"peers": 2, "classes": None, "dictionary_sha256": None}
-        assert [row["state"] for row in told["peers"]] == ["unknown", "absent"]
+        assert [row["state"] for row in told["peers"]] == ["waiting", "absent"]
         assert told["peers"][0]["newest"]["update"] == 50 and told["peers"][0]["newest"]["valid_loss"] == 2.5
         assert told["peers"][0]["snapshot_age"] is None and told["peers"][0]["snapshot_clock_ahead"] < -1e9
 

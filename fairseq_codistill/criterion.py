@@ -9,6 +9,7 @@ nobody to learn from) gets plain cross entropy: there is no mode flag.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -284,7 +285,8 @@ def _run(task: Any, peers: int) -> Run:
     dictionary = task.target_dictionary
     if dictionary is None:
         return Run(peers, None, None)
-    return Run(peers, teachers.digest(dictionary), len(dictionary))
+    sha256 = hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+    return Run(peers, sha256, len(dictionary))
 
 
 def _plain_targets(model) -> bool:

@@ -33,11 +33,6 @@ def load(paths: Optional[str], task: Any) -> List[nn.Module]:
     return [_load(path, task) for path in paths.split(":")] if paths else []
 
 
-def digest(dictionary: Any) -> str:
-    """The sha256 of a fairseq dictionary's symbols, in their order."""
-    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
-
-
 def check_fit(teacher: nn.Module, net_input: Dict[str, Any], target: Tensor) -> None:
     """Raises ValueError, in one sentence, where the teacher cannot predict the targets of such a batch."""
     kind = type(teacher).__name__
@@ -75,7 +70,8 @@ def _build(path: str, state: Dict[str, Any], settings: Any, task: Any) -> nn.Mod
         with torch.random.fork_rng(devices=[]):
             models, _ = checkpoint_utils.load_model_ensemble([path], task=own, state=state)
     except Exception as error:
-        raise ValueError(_does_not_fit(path, settings, task, error)) from error
+        # What torch says of shapes takes many lines; any other error may need its traceback.
+        raise ValueError(_does_not_fit(path, settings, task, error)) from (None if _MISMATCH.search(str(error)) else error)
     return models[0]
 
 
@@ -113,7 +109,7 @@ def _check_dictionaries(path: str, settings: Any, task: Any) -> None:
         return
     for side, mine in ours.items():
         other = theirs[side]
-        if digest(other) != digest(mine):
+        if _digest(other) != _digest(mine):
             at = next(i for i, (a, b) in enumerate(zip(other.symbols, mine.symbols)) if a != b)
             raise ValueError(
                 f"A teacher must have the same {side} dictionary as this training, but {path!r} was trained on "
@@ -149,8 +145,13 @@ def _data(settings: Any) -> Optional[str]:
         return None
 
 
+def _digest(dictionary: Any) -> str:
+    """The sha256 of a fairseq dictionary's symbols, in their order."""
+    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+
+
 def _words(dictionary: Any) -> str:
-    return f"a dictionary of {len(dictionary)} symbols (sha256 {digest(dictionary)[:12]})"
+    return f"a dictionary of {len(dictionary)} symbols (sha256 {_digest(dictionary)[:12]})"
 
 
 def _some(names: Any) -> str:

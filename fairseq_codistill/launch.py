@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from . import launch_status
+from . import launch_preview, launch_status
 from .launch_plan import Plan, make_plan
 from .launch_supervisor import Supervisor
 from .launch_view import LiveView, PlainView, print_summary
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-restarts", type=int, default=0, metavar="R", help="how often a failed peer starts again (default: 0)")
     add("--log-dir", metavar="DIR", help="logs go to DIR/peer{i}/train.log (default: the command's --save-dir)")
     add("--grace", type=float, default=15.0, metavar="SECONDS", help="from the signal to stop to SIGKILL (default: 15)")
+    add("--dry-run", action="store_true", help="only print the peers' commands, and what they cost, as comments")
     add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -92,6 +93,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         options = parse_arguments(argv)
         plan = make_plan(options, os.environ)
+        launch_preview.check(plan, os.environ)
+        if options.dry_run:
+            print(launch_preview.dry_run(plan, os.environ))
+            return 0
         for peer in plan.peers:
             make_log(peer.log, "--log-dir" if options.log_dir else "--save-dir")
     except ValueError as error:

@@ -16,20 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .launch_view import duration, text_of
+from .launch_view import duration, size, text_of
 from .manifest import FORMAT
 from .observer import LIVE_STATES, SILENT_SECONDS, Age, Observer, Row, find_exchange, plain
 from .output import is_gone, tolerant_output
-
-
-def size(count: int) -> str:
-    """Bytes as people say them: 812 B, 1.5 kB, 105.3 MB."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB", "EB"):
-        if value < 999.95:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def run_line(observer: Observer) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import signal
 import socket
@@ -13,8 +12,8 @@ from typing import Optional
 from . import launch_checkpoint, launch_error
 from .launch_guard import Guard
 from .launch_peer import Peer
-from .launch_plan import PeerPlan, Plan
-from .launch_view import PlainView, duration, text_of
+from .launch_plan import Plan
+from .launch_view import PlainView, duration, resources, text_of
 from .output import hurried
 
 POLL_SECONDS = 0.25
@@ -75,7 +74,7 @@ class Supervisor:
                     self._tell(f"note: {note}")
                 for peer in self.peers:
                     if self._start(peer):
-                        self._tell(f"{peer.name}: {_resources(peer.plan)}, log {peer.plan.log}")
+                        self._tell(f"{peer.name}: {resources(peer.plan)}, log {peer.plan.log}")
                 self._watch(signals)
             except BaseException:
                 self._begin_to_stop()  # a fault of ours: the peers may still end well
@@ -194,12 +193,6 @@ class Supervisor:
         self._told[same] = peer
         head += ":" if sentence else ". The end of its log:"
         return [head, *(f"  | {line}" for line in lines)]
-
-
-def _resources(plan: PeerPlan) -> str:
-    gpus = plan.environ.get("CUDA_VISIBLE_DEVICES")
-    threads = plan.environ.get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS"))
-    return (f"GPU {gpus}, " if gpus else "") + f"{threads} thread{'' if threads == '1' else 's'}"
 
 
 def _signal_name(status: int) -> str:

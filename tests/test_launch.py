@@ -63,6 +63,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Puts stand-ins for fairseq's commands on PATH, which note argv and environment; call it with what they do."""
     folder = tmp_path / "bin"
     folder.mkdir()
+    (tmp_path / "D").mkdir()
     for name in [name for name in os.environ if name.startswith(("CODISTILL_", "SLURM_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)

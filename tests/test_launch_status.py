@@ -20,7 +20,8 @@ from torch import nn
 
 from fairseq_codistill import launch
 from fairseq_codistill.exchange import Exchange, Run
-from fairseq_codistill.launch_status import age_text, size
+from fairseq_codistill.launch_status import age_text
+from fairseq_codistill.launch_view import size
 from fairseq_codistill.manifest import BadSnapshot, Manifest, Presence, file_name
 from fairseq_codistill.observer import PEERS_LIMIT, Age, Observer, age_by_its_clock, find_exchange, plain, read_run
 from fairseq_codistill.snapshot import fingerprint, tensors_of

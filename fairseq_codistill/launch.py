@@ -38,8 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Start one fairseq job for each peer, show them all, stop them together.",
         epilog="`codistill-launch status DIR` shows who takes part in a run, also one that others have started. "
         "Any other command than fairseq-train or fairseq-hydra-train (a script, a Slurm step) only gets its "
-        "environment; it finds its index in $CODISTILL_PEER. Ctrl-C stops all peers, a second one kills them. "
-        "Exit status: 0 when all peers ended well, 130 or 143 after Ctrl-C or SIGTERM, 2 for bad input, "
+        "environment; it finds its index in $CODISTILL_PEER. Ctrl-C stops all peers, a second one kills them; SIGUSR1 and "
+        "SIGUSR2 go to peers that have a handler for them, else they stop all. "
+        "Exit status: 0 when all peers ended well, 130, 143 … after Ctrl-C, SIGTERM …, 2 for bad input, "
         "else that of the first peer that failed.",
     )
     add = parser.add_argument

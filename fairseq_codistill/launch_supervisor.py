@@ -18,11 +18,18 @@ from .output import hurried
 
 POLL_SECONDS = 0.25
 _OUTPUT_SECONDS = 1.0  # a reader that is stopped must not keep us from a signal
+
+
+def _named(*names: str) -> tuple[int, ...]:
+    """Those that the system has: `codistill-launch status` is imported with us, also where there are no such signals."""
+    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
+
+
 # What ends a run: of schedulers too, and of a terminal (Ctrl-C, Ctrl-\, hanging up). All but the first as SIGTERM.
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGXCPU, signal.SIGHUP)
+_STOPS = _named("SIGINT", "SIGTERM", "SIGQUIT", "SIGXCPU", "SIGHUP")
 # Warnings of schedulers, some time before they end a job (Slurm's --signal=USR1@60, LSF, SGE). A program that has a handler
 # gets them; fairseq has none, so there they stop the run while there is time to, and the batch script can queue it again.
-_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+_WARNINGS = _named("SIGUSR1", "SIGUSR2")
 
 
 class Signals:

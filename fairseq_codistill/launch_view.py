@@ -6,7 +6,6 @@ import contextlib
 import os
 import shlex
 import sys
-import termios
 import time
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -115,7 +114,9 @@ class QuietTerminal:
 
     def __enter__(self) -> QuietTerminal:
         self._before: Any = None
-        with contextlib.suppress(OSError, ValueError, termios.error):  # stdin may be something else
+        with contextlib.suppress(Exception):  # stdin may be no terminal, or be gone
+            import termios
+
             self._before = termios.tcgetattr(sys.stdin.fileno())
             quiet = termios.tcgetattr(sys.stdin.fileno())
             quiet[3] &= ~termios.ECHO
@@ -124,12 +125,14 @@ class QuietTerminal:
 
     def __exit__(self, *error: object) -> None:
         if self._before is not None:
-            with contextlib.suppress(OSError, ValueError, termios.error):
+            with contextlib.suppress(Exception):
                 self._set(self._before)
             self._before = None
 
     @staticmethod
     def _set(attributes: list[Any]) -> None:
+        import termios
+
         # From the background a change would stop the whole job.
         if os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
             termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, attributes)

@@ -472,5 +472,14 @@ def test_a_reader_that_has_seen_enough_ends_it_well(exchange):
     watching.stderr.close()
 
 
+def test_a_look_that_cannot_be_written_is_an_error(exchange):
+    for argv in ((), ("--json",), ("--watch", "--seconds", "0.1")):
+        with open("/dev/full", "w") as full:
+            looking = command(exchange.root, *argv, stdout=full, stderr=subprocess.PIPE, text=True)
+        _, err = looking.communicate(timeout=30)
+        assert looking.returncode == 2
+        assert err == "codistill-launch status: what it shows cannot be written: No space left on device\n"
+
+
 def test_a_save_dir_without_an_exchange_of_its_own(exchange, tmp_path):
     assert str(find_exchange(str(tmp_path / "run"))) == str(find_exchange(exchange.root)) == exchange.root

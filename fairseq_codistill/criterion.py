@@ -287,7 +287,7 @@ def _run(task: Any, cfg: config.CodistillConfig) -> Run:
     target = task.target_dictionary
     return Run(
         cfg.codistill_peers,
-        None if target is None else _sha256(target),
+        None if target is None else teachers.digest(target),
         None if target is None else len(target),
         source_sha256=_sources_sha256(task),
         interval=cfg.codistill_interval,
@@ -300,14 +300,10 @@ def _sources_sha256(task: Any) -> Optional[str]:
     """Of the source dictionary, or of all of a multilingual task's; None where a task has none, or will not say."""
     try:
         by_language = getattr(task, "dicts", None) or {"": task.source_dictionary}
-        lines = [f"{language} {_sha256(dictionary)}" for language, dictionary in sorted(by_language.items())]
+        lines = [f"{language} {teachers.digest(dictionary)}" for language, dictionary in sorted(by_language.items())]
     except Exception:  # a task of somebody else's: not worth a training
         return None
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _sha256(dictionary: Any) -> str:
-    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
 
 
 def _plain_targets(model) -> bool:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .output import tolerant_output
+from .output import failure, tolerant_output
 from .report_figure import draw
 from .report_files import ReportError, load_methods, split_label
 from .report_notes import notes, some
@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             show(report)
         print(f"\nwritten to {out}: table.md, results.json, curves.png", flush=True)
+        if failure(sys.stdout):
+            raise ReportError(f"the report is written to {out}, but not shown: {failure(sys.stdout)}.")
     except ReportError as error:
         print(f"codistill-report: error: {error}", file=sys.stderr)
         return 2

@@ -109,7 +109,7 @@ def _check_dictionaries(path: str, settings: Any, task: Any) -> None:
         return
     for side, mine in ours.items():
         other = theirs[side]
-        if _digest(other) != _digest(mine):
+        if digest(other) != digest(mine):
             at = next(i for i, (a, b) in enumerate(zip(other.symbols, mine.symbols)) if a != b)
             raise ValueError(
                 f"A teacher must have the same {side} dictionary as this training, but {path!r} was trained on "
@@ -145,13 +145,13 @@ def _data(settings: Any) -> Optional[str]:
         return None
 
 
-def _digest(dictionary: Any) -> str:
+def digest(dictionary: Any) -> str:
     """The sha256 of a fairseq dictionary's symbols, in their order."""
     return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
 
 
 def _words(dictionary: Any) -> str:
-    return f"a dictionary of {len(dictionary)} symbols (sha256 {_digest(dictionary)[:12]})"
+    return f"a dictionary of {len(dictionary)} symbols (sha256 {digest(dictionary)[:12]})"
 
 
 def _some(names: Any) -> str:

@@ -63,8 +63,10 @@ LAYERS = {
     "launch_supervisor": {
         "launch_checkpoint", "launch_error", "launch_guard", "launch_peer", "launch_plan", "launch_view", "output",
     },  # fmt: skip
+    "launch_cost": {"launch_view", "topology"},
+    "launch_preview": {"launch_cost", "launch_plan", "launch_view", "observer", "stores"},
     "launch_status": {"launch_view", "manifest", "observer", "output", "stores"},
-    "launch": {"launch_plan", "launch_status", "launch_supervisor", "launch_view", "output"},
+    "launch": {"launch_plan", "launch_preview", "launch_status", "launch_supervisor", "launch_view", "output"},
     "report_log": {"fairseq_log"},
     "report_summary": {"fairseq_log", "report_log"},
     "report_notes": {"fairseq_log", "report_log", "report_summary"},

@@ -63,6 +63,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Puts stand-ins for fairseq's commands on PATH, which note argv and environment; call it with what they do."""
     folder = tmp_path / "bin"
     folder.mkdir()
+    (tmp_path / "D").mkdir()
     for name in [name for name in os.environ if name.startswith(("CODISTILL_", "SLURM_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
@@ -716,14 +717,12 @@ def test_a_killed_launcher_leaves_no_process(programs, tmp_path: Path) -> None:
     assert (tmp_path / "saved").exists()
 
 
-def test_the_guard_leaves_others_alone(tmp_path: Path) -> None:
+def test_the_guard_leaves_others_alone(monkeypatch) -> None:
     """What has ended before the launcher is not signalled: its number may be another process's by now."""
-    sleepers = [subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(2)]
-    ended, left = (sleeper.pid for sleeper in sleepers)
-    launch_guard.watch(io.BytesIO(f"{ended}\n{left}\n-{ended}\nnonsense\n0\n1\n-1\n".encode()), 0.0)
-    assert sleepers[1].wait(5) < 0 and sleepers[0].poll() is None
-    sleepers[0].kill()
-    sleepers[0].wait(5)
+    sent: list = []
+    monkeypatch.setattr(launch_guard.os, "killpg", lambda *call: sent.append(call))
+    launch_guard.watch(io.BytesIO(b"101\n102\n-101\nnonsense\n0\n1\n-1\n103\n-103"), 0.0)
+    assert sent == [(102, signal.SIGTERM), (102, 0), (102, signal.SIGKILL)]
 
 
 def test_without_a_guard_peers_start_all_the_same(programs, tmp_path: Path, monkeypatch) -> None:

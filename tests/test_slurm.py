@@ -280,3 +280,25 @@ def test_a_peer_refuses(variables: Dict[str, str], words: List[str], said: str, 
     command = ["bash", str(SCRIPTS / "peer.sbatch"), *words]
     result = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and said in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("case, status", [("whole", 0), ("torn", 0), ("no room", 1), ("no plugin", 0)])
+def test_a_peer_does_not_begin_anew_because_its_checkpoint_is_torn(case: str, status: int, tmp_path):
+    folder, programs = tmp_path / "run/peer0", tmp_path / "bin"
+    folder.mkdir(parents=True)
+    programs.mkdir()
+    fake_training(programs, "touch ../begun").rename(programs / "srun")
+    (folder / "checkpoint_1_5.pt").write_bytes(b"PK\5\6" + bytes(18))  # a zip without files
+    (folder / "checkpoint_last.pt").write_bytes(b"PK\5\6" + bytes(18 if case == "whole" else 8))
+    if case == "no room":
+        (folder / "checkpoint_last.pt.mended").mkdir()  # the copy cannot be written
+    python = f'exec {sys.executable} "$@"' if case != "no plugin" else "exit 1"
+    fake_training(programs, python).rename(programs / "python")
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment.update(SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_TASK_COUNT="1", SLURM_JOB_ID="1", SLURM_JOB_NODELIST="here")
+    (tmp_path / "work").mkdir()
+    command = ["bash", str(SCRIPTS / "peer.sbatch"), "fairseq-train", "--save-dir", str(tmp_path / "run")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path / "work")
+    assert result.returncode == status and (tmp_path / "begun").exists() == (status == 0), result.stderr
+    assert ("cannot be put in its place" in result.stderr) == (status == 1)
+    assert (folder / "checkpoint_last.pt.torn").exists() == (case == "torn")

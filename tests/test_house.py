@@ -72,12 +72,12 @@ LAYERS = {
     "report": {"output", "paths", "report_figure", "report_files", "report_notes", "report_summary", "report_table"},
     "image_transforms": {"compat"},
     "image_options": {"image_transforms"},
-    "image_folder": {"compat", "image_transforms"},
+    "image_folder": {"compat", "image_transforms", "paths"},
     "image_models": {"compat"},
     "lr_schedules": set(),
     "nesterov": set(),
     "image_classification": {"compat", "image_folder", "image_options", "image_transforms", "lr_schedules"},
-    "image_predict": {"compat", "image_classification", "image_folder", "image_models"},
+    "image_predict": {"compat", "image_classification", "image_folder", "image_models", "paths"},
     "__init__": {"compat", "criterion", "image_classification", "image_models", "lr_schedules", "nesterov"},
 }
 # Which libraries a room may know of, where that is a rule; the commands must start without fairseq and torch.

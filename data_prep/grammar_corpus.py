@@ -17,6 +17,7 @@ from pathlib import Path
 
 from grammar_sentences import Grammar
 from grammar_words import Dice, Lexicon, load_lexicon
+from options import user_path
 
 MAX_WORDS = 22  # English words in a sentence; longer ones are thrown away
 GIVE_UP_AFTER = 2000  # sentences in a row that were there already: the grammar has no more to say
@@ -61,7 +62,7 @@ def positive(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for train.en, train.de, ...")
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder for train.en, train.de, ...")
     for split, size in (("train", 6000), ("valid", 500), ("test", 500)):
         parser.add_argument(f"--{split}", type=positive, default=size, metavar="N", help=f"pairs (default {size})")
     parser.add_argument("--seed", type=int, default=1, help="another seed, other sentences (default 1)")

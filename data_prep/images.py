@@ -18,6 +18,8 @@ from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Dict, List, Sequence
 
+from options import user_path
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _INSTEAD = "give another --out or delete it"
 
@@ -106,8 +108,8 @@ def prepare(out: Path, kind: str, source: Path | None, valid_per_class: int) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=("digits", "zip"))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--source", type=Path, help="the archive, for zip")
+    parser.add_argument("--out", type=user_path, required=True)
+    parser.add_argument("--source", type=user_path, help="the archive, for zip")
     parser.add_argument("--valid-per-class", type=int, default=None, help="default: 30 for digits, 0 for zip")
     args = parser.parse_args(argv)
     valid_per_class = args.valid_per_class if args.valid_per_class is not None else 30 if args.kind == "digits" else 0

@@ -18,6 +18,7 @@ from typing import Optional
 
 import parallel_text
 from download import fetch
+from options import positive, user_path
 from stages import INSTEAD, finished, write_json
 
 LANGUAGES = ("en", "de")  # source, target
@@ -122,19 +123,13 @@ def _build(part: Path, texts: dict[str, list[str]], settings: Settings) -> dict[
     }
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text} instead")
-    return int(text)
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line; returns the exit status: 2 for input that cannot be used, 1 for what failed on the way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--source", type=Path, help="folder with train.en, val.de …, plain or .gz (default: download)")
-    parser.add_argument("--train-pairs", type=_positive, help="keep only the first N training pairs (default: all)")
-    parser.add_argument("--vocab", type=_positive, default=2000, help="joint sentencepiece pieces (default: 2000)")
+    parser.add_argument("--out", type=user_path, required=True, help="folder to make")
+    parser.add_argument("--source", type=user_path, help="folder with train.en, val.de …, plain or .gz (default: download)")
+    parser.add_argument("--train-pairs", type=positive, help="keep only the first N training pairs (default: all)")
+    parser.add_argument("--vocab", type=positive, default=2000, help="joint sentencepiece pieces (default: 2000)")
     parser.add_argument("--pieces", choices=["unigram", "bpe"], default="unigram", help="kind (default: unigram)")
     args = parser.parse_args(argv)
     try:

@@ -9,12 +9,14 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import sentencepiece
 from sentencepiece import SentencePieceProcessor
+
+_LONGEST_BYTES = 4192  # of a line that sentencepiece learns from; its own limit, which is written into each model
 
 
 def find_text(folder: Path, name: str) -> Path:
@@ -64,14 +66,15 @@ def text_sha256(lines: Sequence[str]) -> str:
 def train_subwords(texts: Sequence[Sequence[str]], path: Path, vocab: int, kind: str) -> SentencePieceProcessor:
     """One sentencepiece model for all ``texts`` together, saved at ``path``.
 
-    Deterministic to the byte: every sentence is used and one thread sums the counts. Raises ``ValueError`` when the
-    texts are too small for ``vocab`` pieces.
+    Deterministic to the byte: every sentence is used and one thread sums the counts; a line that sentencepiece would pass
+    over as too long is learned from in parts. Raises ``ValueError``, in one sentence, when the texts are too small for
+    ``vocab`` pieces, or unfit otherwise.
     """
     # In memory, because sentencepiece writes the path that it is given into the model.
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text),
+            sentence_iterator=(part for text in texts for line in text for part in learnable(line)),
             model_writer=model,
             vocab_size=vocab,
             model_type=kind,
@@ -82,12 +85,34 @@ def train_subwords(texts: Sequence[Sequence[str]], path: Path, vocab: int, kind:
     except RuntimeError as error:
         most, least = re.search(r"<= ?(\d+)", str(error)), re.search(r"\d+ vs (\d+)", str(error))
         if not most and not least:
-            raise
+            is_empty = "sentences_.empty()" in str(error)
+            reason = "has no line that is not empty" if is_empty else f"is refused by sentencepiece: {error}"
+            raise ValueError(f"the training text must have lines to learn subwords from, but {reason}") from error
         limit = f"at most {most.group(1)}" if most else f"at least {least.group(1)}"
         raise ValueError(f"--vocab must be {limit} for this training text, but is {vocab} instead") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
     return SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def learnable(line: str) -> Iterator[str]:
+    """The line, or parts of it that sentencepiece does not pass over: cut at blanks, a longer word where it must be."""
+    if len(line) * 4 <= _LONGEST_BYTES or len(line.encode("utf-8")) <= _LONGEST_BYTES:
+        yield line
+        return
+    part: list[str] = []
+    size = 0
+    for word in line.split(" "):
+        for start in range(0, len(word), _LONGEST_BYTES // 4):
+            piece = word[start : start + _LONGEST_BYTES // 4]
+            added = len(piece.encode("utf-8")) + 1
+            if part and size + added > _LONGEST_BYTES:
+                yield " ".join(part)
+                part, size = [], 0
+            part.append(piece)
+            size += added
+    if part:
+        yield " ".join(part)
 
 
 def encode(model: SentencePieceProcessor, lines: Sequence[str]) -> list[str]:

@@ -26,8 +26,12 @@ from archives import is_archive
 from blocks import cores
 from corpora import CORPORA, Corpus
 from download import fetch_archives, trust
+from options import positive, user_path
 from pipeline import Settings
 from stages import RECORD, Stages, finished, locked, read_json, sync_files, write_json
+
+# The first stage that depends on a setting, where that is not the first of all. A refused --vocab may so be corrected.
+FIRST_USE = {"pieces": "tokens", "train_pairs": "tokens", "held_out": "tokens", "vocab": "subwords"}
 
 
 def prepare(out: Path, settings: Settings, source: Optional[Path], archives: Optional[Path], jobs: int) -> bool:
@@ -50,7 +54,7 @@ def prepare(out: Path, settings: Settings, source: Optional[Path], archives: Opt
 
 def _build(out: Path, work: Path, settings: Settings, source: Optional[Path], archives: Path, jobs: int) -> None:
     corpus, at = CORPORA[settings.corpus], work.joinpath
-    stages = Stages(work, {**asdict(settings), "from": str(source or "download")})
+    stages = Stages(work, {**asdict(settings), "from": str(source or "download")}, FIRST_USE)
     if source is not None:
         texts = stages.do("texts", lambda to: _copy(corpus, source, to))
     else:
@@ -165,26 +169,20 @@ def _forget_if_nothing_done(work: Path) -> None:
         shutil.rmtree(work)
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text} instead")
-    return int(text)
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line; returns the exit status: 2 for input that cannot be used, 1 for what failed on the way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", choices=CORPORA)
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--source", type=Path, help="folder with the archives or texts (default: download)")
+    parser.add_argument("--out", type=user_path, required=True, help="folder to make")
+    parser.add_argument("--source", type=user_path, help="folder with the archives or texts (default: download)")
     parser.add_argument(
-        "--archives", type=Path, help="folder to keep downloads in, for several corpora (default: DIR/archives)"
+        "--archives", type=user_path, help="folder to keep downloads in, for several corpora (default: DIR/archives)"
     )
     parser.add_argument("--pieces", choices=["bpe", "sentencepiece"], help="subwords (default: what the corpus is known for)")
-    parser.add_argument("--vocab", type=_positive, help="bpe: merges, sentencepiece: pieces (default: the corpus')")
-    parser.add_argument("--train-pairs", type=_positive, help="keep only the first N training pairs (default: all)")
-    parser.add_argument("--held-out", type=_positive, default=2000, help="sentences in valid and in test each (default 2000)")
-    parser.add_argument("--jobs", type=_positive, default=cores(), help="processes (default: all cores)")
+    parser.add_argument("--vocab", type=positive, help="bpe: merges, sentencepiece: pieces (default: the corpus')")
+    parser.add_argument("--train-pairs", type=positive, help="keep only the first N training pairs (default: all)")
+    parser.add_argument("--held-out", type=positive, default=2000, help="sentences in valid and in test each (default 2000)")
+    parser.add_argument("--jobs", type=positive, default=cores(), help="processes (default: all cores)")
     args = parser.parse_args(argv)
     corpus = CORPORA[args.corpus]
     settings = Settings(

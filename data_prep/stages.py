@@ -7,11 +7,14 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Callable, Optional
+from types import MappingProxyType
+from typing import Callable, List, Optional
 
+_TRIES = 10
 RECORD = "stage.json"
 INSTEAD = "give another --out or delete it"
 
@@ -23,17 +26,28 @@ class Stages:
     moment at which one is there without the other.
     """
 
-    def __init__(self, folder: Path, settings: dict) -> None:
-        """Raises ``ValueError`` if ``folder`` was begun with other settings."""
+    def __init__(self, folder: Path, settings: dict, first_use: Mapping[str, str] = MappingProxyType({})) -> None:
+        """``first_use``: of a setting, the first stage that depends on it (and with it all that come later); a setting that
+        is not named there is used by the first of all. What only undone stages depend on may still be changed: a value
+        that was refused is not held against the corrected one.
+
+        Raises ``ValueError`` if ``folder`` holds what was made with other settings.
+        """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         begun_with = read_json(folder / "settings.json")
-        if begun_with is None:
-            if any(folder.iterdir()):
-                raise ValueError(f"{folder} must be new or work that was begun, but has no good settings.json. Delete it")
-            write_json(folder / "settings.json", settings)
-        elif begun_with != settings:
+        if begun_with is None and any(folder.iterdir()):
+            raise ValueError(f"{folder} must be new or work that was begun, but has no good settings.json. Delete it")
+        if begun_with is not None and any(self._is_used(name, first_use) for name in _different(begun_with, settings)):
             raise ValueError(f"{folder} was begun with {begun_with}, not with {settings}; {INSTEAD}")
+        if begun_with != settings:
+            write_json(folder / "settings.json", settings)
+
+    def _is_used(self, setting: str, first_use: Mapping[str, str]) -> bool:
+        stage = first_use.get(setting)
+        if stage is not None:
+            return read_json(self.folder / stage / RECORD) is not None
+        return any(self.folder.glob(f"*/{RECORD}"))
 
     def do(self, name: str, function: Callable[[Path], dict]) -> dict:
         """Run ``function(folder to fill)`` unless the stage is done; returns what it returned, now or then."""
@@ -95,15 +109,44 @@ def sync_files(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def _different(begun_with: dict, settings: dict) -> List[str]:
+    return [name for name in {*begun_with, *settings} if begun_with.get(name) != settings.get(name)]
+
+
 @contextlib.contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold ``folder``, made if need be, until the process ends or is done; ``ValueError`` if another run holds it."""
+    """Hold ``folder``, made if need be, until the process ends or is done; ``ValueError`` if another run holds it.
+
+    The lock is a file beside it, since NFS locks only what is open for writing. A file system without locks (Lustre
+    mounted without ``-o flock``) is told of, and used.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    path = folder.with_name(folder.name + ".lock")
+    handle = _open_and_lock(path, what)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except BlockingIOError as error:
-        raise ValueError(f"{what} is being made by another run; wait for its end") from error
     finally:
+        path.unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it has lost its name
         os.close(handle)
+
+
+def _open_and_lock(path: Path, what: str) -> int:
+    for _ in range(_TRIES):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ValueError(f"{what} is being made by another run; wait for its end") from error
+        except OSError as error:
+            print(
+                f"note: the file system of {path.parent} has no locks ({error.strerror}); nothing else may make {what} "
+                "at the same time",
+                file=sys.stderr,
+            )
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)  # another run removed it at its end, after we had opened it
+    raise ValueError(f"{what} is being made by other runs, one after another; wait for their end")

@@ -28,3 +28,4 @@ if os.path.basename(sys.argv[0] if sys.argv else "") not in _COMMANDS:
     compat.allow_checkpoint_classes()
     compat.provide_removed_numpy_names()
     compat.avoid_broken_fast_path()
+    compat.quieten_libraries()

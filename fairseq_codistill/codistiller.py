@@ -23,6 +23,7 @@ from .courier import Courier
 from .exchange import SILENT_SECONDS, Exchange, Run
 from .int8 import load
 from .manifest import BadSnapshot, Manifest
+from .meeting import Meeting
 from .replica import freeze, replica
 from .schedules import AlphaSchedule
 from .snapshot import Weights, fingerprint, tensors_of
@@ -33,8 +34,6 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 LOCKSTEP_WAIT = 600.0  # seconds; in lockstep a peer that is this late is taken for dead
-_LOOK_AGAIN = 0.05  # seconds between looks at the exchange while waiting; other machines cannot wake us
-_SLICE = 30.0  # seconds after which waiting ranks hear from rank 0, far below what a process group takes for a hang
 _LATE_LOOKS = 10  # looks in an interval for a snapshot that was not there when the exchange was due
 _ANSWER = 300.0  # seconds for the storage to answer before training begins
 _READ = 60.0  # seconds to wait for the teachers' snapshots where the exchange goes on in the background
@@ -118,8 +117,8 @@ class Codistiller:
         self._held: Dict[int, _Held] = {}
         self._due: List[int] = []  # teachers of whom nothing new has come since the exchange was due
         self._courier: Optional[Courier] = None  # rank 0's alone
+        self._meeting: Optional[Meeting] = None
         self._mine = Worker()  # for my own folder of the exchange
-        self._missed: Dict[int, Any] = {}  # teachers that missed a meeting, and their last sign of life then
         self._exchanged: Optional[float] = None  # when, by time.monotonic
         self._checkpoints = (0, 0)  # updates of the last checkpoint but one, and of the last
         self._left = False
@@ -166,8 +165,7 @@ class Codistiller:
         if not self.needs_peers:
             return Teaching(alpha)
         if self.frozen:
-            names = [f"teacher {number} of --codistill-teacher" for number in range(1, len(self.frozen) + 1)]
-            return Teaching(alpha, self.frozen, names=names)
+            return Teaching(alpha, self.frozen, names=[getattr(model, "codistill_name", "a teacher") for model in self.frozen])
         fresh = {peer: held for peer, held in self._held.items() if self._may_teach(held, update)}
         if not fresh:
             return None
@@ -204,6 +202,7 @@ class Codistiller:
         self._checkpoints = (update, update)  # what I resumed from is there
         self._started = update
         group.by_rank_0(lambda: self._begin_exchange(update))
+        self._meeting = Meeting(self.exchange, self._courier, self._teachers, self.sleep)
 
     def _begin_exchange(self, update: int) -> None:
         architecture = fingerprint(self._model)
@@ -275,13 +274,13 @@ class Codistiller:
             except Exception as error:  # the other ranks wait for me
                 logger.warning(f"codistillation: at update {update} nothing was published: {error}; training goes on")
         if first and self.wait:
-            self._wait_for_company()
+            self._meeting.await_first_snapshots(self.wait)
         self._due = list(self._teachers)
         if not self.lockstep:
             self._reload(first)
         # In lockstep a run resumed between two exchanges goes back to what was held there.
         elif update >= self.interval:
-            self._meet(update - update % self.interval)
+            self._meeting.meet(update - update % self.interval, self.wait or LOCKSTEP_WAIT)
             self._reload(True, update - update % self.interval)
 
     def _show(self, update: int, first: bool) -> None:
@@ -308,8 +307,7 @@ class Codistiller:
     def _reload(self, look: bool = False, update: Optional[int] = None) -> None:
         """Put what the courier has ready into the peers, on every rank. `look`: read now what is there, of `update`."""
         if self._due and (look or not self.in_background):
-            looked = self._courier.look_now(self._due, update) if self._leads else bool
-            self._await(looked, LOCKSTEP_WAIT if self.lockstep else _READ, asked_for=False)
+            self._meeting.read(self._due, update, LOCKSTEP_WAIT if self.lockstep else _READ)
         news: List[Tuple[int, Manifest, Weights]] = []
         if self._leads:
             for teacher in self._due:
@@ -317,101 +315,11 @@ class Codistiller:
                 if found is not None:
                     news.append((teacher, *found))
             self._courier.warn_of_silent(self._due, self._update)
-        for peer, manifest in self._share([(peer, manifest) for peer, manifest, _ in news]):
+        for peer, manifest in group.share([(peer, manifest) for peer, manifest, _ in news]):
             self._take(peer, manifest, next((weights for p, _, weights in news if p == peer), None))
             self._due.remove(peer)
         if news:
             self._courier.holds({peer: held.manifest.update for peer, held in self._held.items()})
-
-    def _wait_for_company(self) -> None:
-        if self._await(lambda: all(self._look(teacher, None) for teacher in self._teachers), self.wait) or not self._leads:
-            return
-        for teacher in self._teachers:
-            if self._look(teacher, None) is None:
-                logger.warning(
-                    f"codistillation: peer {teacher} has not appeared in {self.exchange.store} within {self.wait:g} s "
-                    "(--codistill-wait); training starts without it"
-                )
-
-    def _meet(self, update: int) -> None:
-        """Lockstep: wait until each teacher has published `update`, or has ended before it."""
-        everybody = lambda: all(self._need_not_wait(teacher, update) for teacher in self._teachers)  # noqa: E731
-        if self._await(everybody, self.wait or LOCKSTEP_WAIT) or not self._leads:
-            return
-        for teacher in self._teachers:
-            if self._look(teacher, update) is None and teacher not in self._missed:
-                self._missed[teacher] = self._life_of(teacher)
-                self._courier.warn(
-                    teacher,
-                    f"lockstep is broken: no snapshot of update {update} has come in time; it is not waited for again before "
-                    "it shows that it lives.",
-                )
-
-    def _need_not_wait(self, teacher: int, update: int) -> bool:
-        """The teacher's snapshot is there; or it missed a meeting, and has shown no life since."""
-        if self._look(teacher, update) is not None:
-            self._missed.pop(teacher, None)
-            return True
-        if teacher not in self._missed:
-            return False
-        life = self._life_of(teacher)
-        if life is None or life == self._missed[teacher]:
-            return True
-        del self._missed[teacher]
-        return False
-
-    def _life_of(self, teacher: int) -> Any:
-        """What changes while the teacher lives; None where that cannot be seen."""
-        with contextlib.suppress(OSError):
-            return self._courier.ask(teacher, self._signs, teacher)
-        return None
-
-    def _signs(self, teacher: int) -> List[Any]:
-        signs: List[Any] = [None, None]
-        with contextlib.suppress(BadSnapshot):
-            presence = self.exchange.presence(teacher)
-            signs[0] = presence and (presence.life, presence.beat)
-        with contextlib.suppress(BadSnapshot):
-            newest = self.exchange.newest(teacher)
-            signs[1] = newest and (newest.update, newest.checksum)
-        return signs
-
-    def _look(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:
-        """The teacher's snapshot of `update`, or its last if it will make no more; with None, its newest."""
-        with contextlib.suppress(BadSnapshot, OSError):
-            return self._courier.ask(teacher, self._snapshot, teacher, update)
-        return None
-
-    def _snapshot(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:
-        manifest = self.exchange.newest(teacher) if update is None else self.exchange.at(teacher, update)
-        if manifest is None and update is not None:
-            newest = self.exchange.newest(teacher)
-            # It will make no more, or no longer keeps that one.
-            is_last = newest is not None and (newest.update > update or newest.done)
-            manifest = newest if is_last else None
-        return manifest
-
-    def _await(self, ready: Callable[[], bool], seconds: float, asked_for: bool = True) -> bool:
-        """Wait until rank 0 finds it `ready`, on all ranks. In slices: a process group takes long silence for a hang."""
-        start, deadline = time.monotonic(), time.monotonic() + seconds
-        answer = None
-        while answer is None:
-            slice_end = time.monotonic() + _SLICE
-            while self._leads and answer is None and time.monotonic() < slice_end:
-                if ready():
-                    answer = True
-                elif time.monotonic() >= deadline:
-                    answer = False
-                else:
-                    self.sleep(_LOOK_AGAIN)
-            answer = self._share(answer)
-        if self._leads and asked_for:
-            self._courier.totals.waited_s += time.monotonic() - start
-        return answer
-
-    def _share(self, what: Any) -> Any:
-        """Rank 0's decision, on every rank of the group."""
-        return group.share(what)
 
     def _take(self, peer: int, manifest: Manifest, weights: Optional[Weights]) -> None:
         """Put a snapshot into the peer's model; ranks other than 0 get the tensors from rank 0.

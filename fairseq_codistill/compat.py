@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import importlib
+import logging
 import re
 import sys
 import types
@@ -23,8 +24,14 @@ import torch
 
 def allow_checkpoint_classes() -> None:
     """Allow the classes of fairseq's checkpoints in `torch.load`; before torch 2.6 there is nothing to do."""
-    if hasattr(torch.serialization, "add_safe_globals"):
+    if loads_safely():
         torch.serialization.add_safe_globals(checkpoint_classes())
+
+
+def loads_safely() -> bool:
+    """Whether `torch.load` refuses what it was not told of, and can be told of stand-ins by name: since torch 2.6."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 6)
 
 
 def provide_removed_numpy_names() -> None:
@@ -43,6 +50,21 @@ def avoid_broken_fast_path() -> None:
     if fairseq.__version__ == "0.12.2":
         # Each layer sets this attribute to True for itself; a property of the class has the last word.
         TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)
+
+
+# Libraries that we bring in and that log what they do, line by line: to storage, and for each image.
+_CHATTY = ("aiobotocore", "aiohttp", "asyncio", "boto3", "botocore", "fsspec", "gcsfs", "PIL", "s3fs", "s3transfer", "urllib3")
+
+
+def quieten_libraries() -> None:
+    """`import fairseq` leaves the root logger at DEBUG with a handler on stderr, so that these would speak up in each script.
+
+    Whoever has set the level of one of these loggers is left alone, as is the root logger.
+    """
+    for name in _CHATTY:
+        library = logging.getLogger(name)
+        if library.level == logging.NOTSET:
+            library.setLevel(logging.WARNING)
 
 
 # What torchvision's import asks for where its compiled part cannot be loaded: beside a torch built for CPUs alone.
@@ -90,7 +112,7 @@ def _declare_missing_operator(error: RuntimeError) -> None:
 
 def checkpoint_classes() -> List[object]:
     """What fairseq's checkpoints hold besides tensors, numbers, strings and containers. None of it runs code on loading."""
-    return [argparse.Namespace, *_fairseq_classes(), *_omegaconf_classes(), *_numpy_scalars()]
+    return [argparse.Namespace, *_fairseq_classes(), *_omegaconf_classes(), *_numpy_stand_ins()]
 
 
 def _fairseq_classes() -> List[object]:
@@ -113,12 +135,53 @@ def _omegaconf_classes() -> List[object]:
     return [DictConfig, ListConfig, ContainerMetadata, Metadata, *nodes, *python]
 
 
-def _numpy_scalars() -> List[object]:
-    """Meters that have averaged numpy numbers store numpy scalars."""
-    try:
-        from numpy._core.multiarray import scalar
-    except ImportError:  # numpy 1
-        from numpy.core.multiarray import scalar
-    kinds = [numpy.dtype(name) for name in ("float64", "float32", "int64", "int32", "bool")]
-    # Up to numpy 1.24 these are all plain numpy.dtype.
-    return [scalar, numpy.dtype, *{type(kind) for kind in kinds}]
+def _numpy_stand_ins() -> List[object]:
+    """Meters that have averaged numpy's numbers or arrays (BLEU's counts, say) store these.
+
+    numpy's own functions must not be allowed: a file can build a dtype of Python objects that looks like one of bytes, so
+    that an array of it takes any bytes for addresses of objects. The stand-ins make numbers and text alone.
+    """
+    names = {"numpy.dtype": _DType, "numpy.ndarray": _Array}
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # numpy 2, numpy 1
+        names.update({f"{module}.scalar": _scalar, f"{module}._reconstruct": _reconstruct})
+    return [bytes, *((stand_in, name) for name, stand_in in names.items())]  # b"" is pickled as a call of bytes
+
+
+class _DType:
+    """What a pickle calls numpy.dtype: a code of numbers (b1, i8, f4, c16) or text (S3, U5), and then the order of bytes."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[biufcSU][0-9]{1,6}", code):
+            raise ValueError(f"A checkpoint may hold numpy numbers and texts, but no {code!r}.")
+        self.real = numpy.dtype(code)
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] in ("<", ">"):  # and nothing else of it
+            self.real = self.real.newbyteorder(state[1])
+
+
+class _Array(numpy.ndarray):
+    """What a pickle calls numpy.ndarray, until it has its contents; it is saved as the array of numpy that it is."""
+
+    def __new__(cls, *_: Any) -> _Array:
+        return super().__new__(cls, (0,), "u1")
+
+    def __setstate__(self, state: Any) -> None:
+        version, shape, dtype, fortran, contents = state
+        if not isinstance(dtype, _DType):
+            raise ValueError("A checkpoint holds an array of numpy without its type.")
+        super().__setstate__((version, tuple(map(int, shape)), dtype.real, bool(fortran), bytes(contents)))
+
+    def __reduce__(self) -> Any:
+        return self.view(numpy.ndarray).__reduce__()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.view(numpy.ndarray).__reduce_ex__(protocol)
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _scalar(dtype: _DType, contents: bytes) -> Any:
+    return numpy.frombuffer(contents, dtype.real, count=1)[0]

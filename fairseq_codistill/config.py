@@ -4,6 +4,7 @@ Every option carries the prefix `codistill_`, because fairseq has one flat names
 fields below the options are fairseq's own values, filled in by fairseq.
 """
 
+import argparse
 import math
 import os
 from dataclasses import dataclass, field
@@ -90,6 +91,8 @@ class CodistillConfig(FairseqDataclass):
     codistill_teacher: Optional[str] = _option(
         None, "frozen fairseq checkpoints a.pt:b.pt instead of peers (offline distillation)"
     )
+    # no option of ours, but given by habit: so that there is a sentence instead of "unrecognized arguments"
+    label_smoothing: Optional[float] = _option(None, argparse.SUPPRESS)
     # fairseq's own, filled in by fairseq
     sentence_avg: bool = II("optimization.sentence_avg")
     ddp_backend: str = II("distributed_training.ddp_backend")
@@ -152,10 +155,11 @@ def check(cfg: CodistillConfig) -> None:
         )
     if cfg.model_parallel_size > 1 and active(cfg):
         raise ValueError("codistill_ce needs whole models, but --model-parallel-size is above 1; leave it at 1.")
-    if cfg.codistill_teacher:
-        for path in cfg.codistill_teacher.split(":"):
-            if not os.path.isfile(path):
-                raise ValueError(f"codistill_teacher must be checkpoints a.pt:b.pt, but there is no file {path!r}.")
+    if cfg.label_smoothing is not None:
+        raise ValueError(
+            "codistill_ce smooths no labels (its loss is the true NLL and the distance to the peers), but --label-smoothing "
+            f"is {cfg.label_smoothing}; leave it out."
+        )
 
 
 def numbers(cfg: CodistillConfig, name: str) -> List[float]:

@@ -204,12 +204,16 @@ class Courier:
             self._warn_of_failure(update, error)
             return
         seconds = time.perf_counter() - start
+        self._warned = {(peer, what) for peer, what in self._warned if peer != "publish"}
         self._count(published=1, published_bytes=manifest.bytes, hidden_s=seconds)
         logger.info(f"codistillation: published update {update}, {manifest.bytes / 1e6:.1f} MB in {seconds:.2f} s")
 
     def _warn_of_failure(self, update: int, error: BaseException) -> None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        logger.warning(f"codistillation: the snapshot of update {update} was not published: {reason}; training goes on")
+        is_new = ("publish", str(reason)) not in self._warned
+        self._warned.add(("publish", str(reason)))  # later ones of the same reason are no warnings any more
+        text = f"codistillation: the snapshot of update {update} was not published: {reason}; training goes on"
+        logger.log(logging.WARNING if is_new else logging.INFO, text)
         self._count(failed=1)
 
     # The teachers', inwards.

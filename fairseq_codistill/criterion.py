@@ -9,21 +9,20 @@ nobody to learn from) gets plain cross entropy: there is no mode flag.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple
-from weakref import WeakKeyDictionary
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.logging import metrics
 from fairseq.models import BaseFairseqModel
 from torch import Tensor, nn
 
-from . import config, hook
+from . import config, hook, teachers
 from .codistiller import AlphaSchedule, Codistiller, Teaching
 from .exchange import Exchange, Run
 from .fused import Objective, Peer, Sums, agrees, fused
@@ -56,11 +55,14 @@ class CodistillCriterion(CrossEntropyCriterion):
         self._warner = Warner()
         if self.distance_name == "unigram" and task.target_dictionary is None:
             raise ValueError("codistill_loss unigram needs a target dictionary, but this task has none; use uniform.")
-        _attach(task, cfg)
+        self._fit: WeakSet = WeakSet()  # frozen teachers that were tried on a batch
+        _attach(task, cfg, lambda: self.training)
 
     def forward(self, model, sample, reduce: bool = True):
         """The loss, its sample size, and what to log, as `cross_entropy` gives them."""
         teaching = sample.get(hook.TEACHING)
+        if teaching is not None:
+            self._try_teachers(teaching, sample)
         layers = self._output_layers(model, sample, teaching) if reduce and teaching is not None else None
         if layers:
             loss, nll_loss, log = self._fused(model, sample, teaching, layers)
@@ -75,6 +77,12 @@ class CodistillCriterion(CrossEntropyCriterion):
             "sample_size": sample_size,
             **log,
         }  # fmt: skip
+
+    def _try_teachers(self, teaching: Teaching, sample) -> None:
+        for peer in teaching.peers:
+            if hasattr(peer, "codistill_name") and peer not in self._fit:
+                teachers.check_fit(peer, teaching.cast(peer, sample["net_input"]), sample["target"])
+                self._fit.add(peer)
 
     def _whole(self, model, sample, teaching: Optional[Teaching], reduce: bool):
         """Loss, its cross entropy, and what to log of the teaching: for any model, from all its logits at once."""
@@ -231,8 +239,8 @@ _SUMMED = (
 )  # fmt: skip
 
 
-def _attach(task: Any, cfg: config.CodistillConfig) -> None:
-    """Build the codistiller that the options describe, and tie it to the task."""
+def _attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) -> None:
+    """Build the codistiller that the options describe, and tie it to the task. `trains`: not so in fairseq-validate."""
     decays = config.numbers(cfg, "codistill_weight_decays")
     if decays:
         hook.schedule_weight_decay(task, config.numbers(cfg, "codistill_milestones"), decays)
@@ -242,8 +250,8 @@ def _attach(task: Any, cfg: config.CodistillConfig) -> None:
     if not config.active(cfg):
         logger.info("codistillation: no peers are configured, so this trains alone, exactly as cross_entropy does")
         return
-    frozen = lambda: _load_teachers(cfg.codistill_teacher, task)  # noqa: E731
-    hook.attach(task, _codistiller(cfg), _run(task, cfg), cfg.train_subset, frozen)
+    frozen = lambda: teachers.load(cfg.codistill_teacher, task)  # noqa: E731
+    hook.attach(task, _codistiller(cfg), _run(task, cfg), cfg.train_subset, frozen, trains)
 
 
 def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
@@ -278,7 +286,7 @@ def _run(task: Any, cfg: config.CodistillConfig) -> Run:
     target = task.target_dictionary
     return Run(
         cfg.codistill_peers,
-        None if target is None else _sha256(target),
+        None if target is None else teachers.digest(target),
         None if target is None else len(target),
         source_sha256=_sources_sha256(task),
         interval=cfg.codistill_interval,
@@ -291,21 +299,10 @@ def _sources_sha256(task: Any) -> Optional[str]:
     """Of the source dictionary, or of all of a multilingual task's; None where a task has none, or will not say."""
     try:
         by_language = getattr(task, "dicts", None) or {"": task.source_dictionary}
-        lines = [f"{language} {_sha256(dictionary)}" for language, dictionary in sorted(by_language.items())]
+        lines = [f"{language} {teachers.digest(dictionary)}" for language, dictionary in sorted(by_language.items())]
     except Exception:  # a task of somebody else's: not worth a training
         return None
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _sha256(dictionary: Any) -> str:
-    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
-
-
-def _load_teachers(paths: Optional[str], task: Any) -> Sequence[torch.nn.Module]:
-    if not paths:
-        return ()
-    models, _ = checkpoint_utils.load_model_ensemble(paths.split(":"), task=task)
-    return models
 
 
 def _plain_targets(model) -> bool:

@@ -227,7 +227,8 @@ def _check_is(descriptor: int, folder: _Folder, last: str, name: str) -> None:
     # A file system over an object store gives a renamed file another inode.
     alike = mine.st_dev == found.st_dev and mine.st_uid == found.st_uid and mine.st_size == found.st_size
     if not os.path.samestat(mine, found) and not (alike and stat.S_ISREG(found.st_mode) and found.st_nlink <= 1):
-        raise PermissionError(errno.EPERM, f"somebody has put another file in the place of {name} while it was written")
+        where = name.rpartition("/")[0] or "the directory"
+        raise PermissionError(errno.EPERM, f"somebody puts other files in the place of those that are written to {where}")
 
 
 def _put_first(folder: _Folder, aside: str, last: str, data: bytes) -> bool:

@@ -20,15 +20,18 @@ TEACHING = "codistill"  # the sample's key
 _LONGEST_TEXT = 500  # signs of one setting; a manifest that is too long is not read
 
 
-def attach(task: Any, codistiller: Codistiller, run: Run, train_subset: str, load_frozen: Callable[[], Sequence]) -> None:
+def attach(
+    task: Any, codistiller: Codistiller, run: Run, train_subset: str, load_frozen: Callable[[], Sequence],
+    trains: Callable[[], bool] = lambda: True,
+) -> None:  # fmt: skip
     """From now on `task` asks `codistiller` in each training step. `load_frozen` gives the offline teachers, when needed.
 
-    The exchange is joined when the training data is about to be loaded: training does that, validating does not. It is
-    ended as soon as the training is over.
+    The exchange is joined when the training data is about to be loaded and it `trains`: fairseq-validate may load it, too. It
+    is ended as soon as the training is over.
     """
 
     def load_dataset(load, *args, **kwargs):
-        if split_of.of(args, kwargs) == train_subset and not joined:
+        if split_of.of(args, kwargs) == train_subset and not joined and trains():
             joined.append(drain_on_sigterm(codistiller.drain))
             codistiller.join(run)
             codistiller.load_frozen(load_frozen)

@@ -115,7 +115,7 @@ class QuietTerminal:
     def _set(attributes: list[Any]) -> None:
         # From the background a change would stop the whole job.
         if os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
-            termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, attributes)
+            termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, attributes)
 
 
 class LiveView(PlainView):
@@ -166,38 +166,52 @@ class LiveView(PlainView):
         self._live.update(panel, refresh=True)
 
     def _table(self, peers: Sequence[Peer]) -> Any:
+        """As many columns as fit without cutting a cell, and a bar in what is left."""
+        columns = [column for column in self._columns(peers) if column[1] <= self.console.width]
+        room = -1
+        while room < 0:
+            table = self._drawn(peers, columns, 0)
+            room = self.console.width - 4 - self.console.measure(table).maximum
+            if room < 0:
+                if len(columns) == 1:
+                    return table
+                columns.remove(max(columns, key=lambda column: column[1]))
+        return self._drawn(peers, columns, min(BAR_WIDTH, room - 1)) if room > 8 else table
+
+    def _drawn(self, peers: Sequence[Peer], columns: Sequence[tuple[str, int, Any]], bar: int) -> Any:
         from rich.table import Table
 
-        columns = [column for column in self._columns(peers) if column[1] <= self.console.width]
+        if bar:
+            columns = [*columns[:2], ("progress", 0, self._bar), *columns[2:]]
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         for name, _, _ in columns:
             justify = "left" if name in ("peer", "state", "progress", "") else "right"
-            table.add_column(name, justify=justify, no_wrap=True, max_width=BAR_WIDTH if name == "progress" else None)
+            table.add_column(name, justify=justify, no_wrap=True, width=bar if name == "progress" else None)
         for peer in peers:
             table.add_row(*(cell(peer) for _, _, cell in columns))
         return table
 
     def _columns(self, peers: Sequence[Peer]) -> list[tuple[str, int, Any]]:
-        """Name, the narrowest terminal that shows it, and the cell. What no peer logs has no column."""
+        """Name, the narrowest terminal that shows it, and the cell; where it is too narrow all the same, the highest such
+        number goes first. What no peer logs has no column."""
 
         def logged(name: str) -> int:
             return 0 if any(getattr(peer.progress, name) is not None for peer in peers) else sys.maxsize
 
         return [
-            ("peer", 0, lambda peer: str(peer.plan.index)),
-            ("state", 0, self._state),
-            ("progress", 0, self._bar),
-            ("update", 0, lambda peer: f"{text_of(peer.progress.update)}/{text_of(peer.progress.total)}"),
+            ("peer", -9, lambda peer: str(peer.plan.index)),
+            ("state", -8, self._state),
+            ("update", -7, lambda peer: f"{text_of(peer.progress.update)}/{text_of(peer.progress.total)}"),
             ("epoch", 90, lambda peer: text_of(peer.progress.epoch)),
-            ("loss", 0, lambda peer: text_of(peer.progress.train_nll, ".3f")),
-            ("valid", 0, self._valid),
+            ("loss", 60, lambda peer: text_of(peer.progress.train_nll, ".3f")),
+            ("valid", 40, self._valid),
             ("best", 100, lambda peer: text_of(peer.progress.best_valid_nll, ".3f")),
             ("", 120 if self.is_utf8 else sys.maxsize, lambda peer: sparkline(peer.progress.validations)),
-            ("alpha", logged("alpha"), lambda peer: text_of(peer.progress.alpha, ".3g")),
+            ("alpha", max(70, logged("alpha")), lambda peer: text_of(peer.progress.alpha, ".3g")),
             ("stale", max(80, logged("staleness")), lambda peer: staleness_text(peer.progress.staleness)),
             ("agree", max(100, logged("agreement")), lambda peer: text_of(peer.progress.agreement, ".0%")),
             ("upd/s", 110, lambda peer: text_of(peer.progress.ups, ".3g")),
-            ("left", 0, lambda peer: duration(peer.progress.seconds_left)),
+            ("left", 50, lambda peer: duration(peer.progress.seconds_left)),
             ("restarts", 0 if any(peer.restarts for peer in peers) else sys.maxsize, lambda peer: str(peer.restarts)),
         ]
 
@@ -236,7 +250,7 @@ def print_summary(plan: Plan, peers: Sequence[Peer]) -> None:
     plain = {} if sys.stdout.isatty() else {"force_terminal": False, "color_system": None, "width": 1000}
     console = Console(highlight=False, markup=False, **plain)
     table = _summary(peers, bool(plain), with_logs=True)
-    has_room = console.measure(table).maximum <= console.width
+    has_room = console.measure(table, options=console.options.update(width=1000)).maximum <= console.width
     console.print(table if has_room else _summary(peers, bool(plain), with_logs=False))
     if not has_room:  # a path that is broken over lines cannot be copied
         console.print(f"Logs:  {shlex.quote(plan.run_dir)}/peer*/train.log", soft_wrap=True)

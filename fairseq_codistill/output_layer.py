@@ -32,7 +32,7 @@ def output_layer(model: nn.Module, net_input: Dict[str, Any], is_output: Callabl
     handles = [module.register_forward_hook(lambda module, _, out: calls.append((module, out))) for module in candidates]
     try:
         with _evaluating(model), torch.no_grad(), _without_autocast(model):
-            net_output = model(**_first_of_batch(net_input))
+            net_output = model(**first_of_batch(net_input))
             logits = first(net_output)
             layers = [module for module, out in calls if out is logits]
             asked_once = len(layers) == 1 and sum(module is layers[0] for module, _ in calls) == 1
@@ -102,7 +102,7 @@ def _without_autocast(model: nn.Module) -> torch.autocast:
     return torch.autocast(device, enabled=False)
 
 
-def _first_of_batch(net_input: Dict[str, Any]) -> Dict[str, Any]:
+def first_of_batch(net_input: Dict[str, Any]) -> Dict[str, Any]:
     """One sentence or image, where all tensors have a batch in front; else all of them."""
     sizes = {value.size(0) if value.dim() else 0 for value in net_input.values() if torch.is_tensor(value)}
     if len(sizes) != 1:

@@ -23,13 +23,19 @@ typed() {
 # train_once RUN JOBS CHECKPOINT COMMAND…: run the command unless RUN is finished; it must leave RUN/peer{i}/CHECKPOINT for
 # each of JOBS peers. A function `tell` of the caller is called before the training starts.
 train_once() {
-    local run="$1" jobs="$2" checkpoint="$3" line peer
+    local run="$1" jobs="$2" checkpoint="$3" line peer locked
     shift 3
     line="$(typed "$@")"
     mkdir -p "$run"
     # Held as long as the launcher lives, even if this script is killed.
     exec 9>"$run/lock"
-    if command -v flock >/dev/null && ! flock -n 9; then refuse "$run is being trained by another process"; fi
+    if command -v flock >/dev/null; then
+        locked=0
+        flock -n 9 2>/dev/null || locked=$?
+        ((locked != 1)) || refuse "$run is being trained by another process"
+        # Any other status: a file system without locks, such as Lustre mounted without -o flock.
+        ((locked == 0)) || echo "train.sh: note: the file system of $run has no locks; nothing else may train it at the same time" >&2
+    fi
     # Going on with other options would give a run that no command line describes.
     [[ ! -f "$run/command.txt" || "$(<"$run/command.txt")" == "$line" ]] ||
         refuse "$run was begun with another command (see its command.txt); give another NAME or OUT, or delete it"

@@ -12,8 +12,10 @@ from test_courier import Arrivals, Gate
 from torch import nn
 
 from fairseq_codistill import codistiller as codistiller_module
+from fairseq_codistill import courier as courier_module
+from fairseq_codistill import group, meeting
 from fairseq_codistill.codistiller import AlphaSchedule, Codistiller
-from fairseq_codistill.exchange import Exchange, Run
+from fairseq_codistill.exchange import KEEP_FOR_LEARNERS, Exchange, Run
 from fairseq_codistill.snapshot import fingerprint, tensors_of
 from fairseq_codistill.stores import MemoryStore, open_store
 from fairseq_codistill.topology import edges_of
@@ -364,6 +366,45 @@ def test_lockstep_gives_up_on_a_dead_peer(caplog):
     assert "lockstep is broken: no snapshot of update 4 has come in time" in caplog.text
 
 
+def test_lockstep_waits_for_a_dead_peer_once_until_it_shows_life():
+    store, waits = MemoryStore(), []
+    me, dead = codistiller(store, 0, lockstep=True, wait=0.01), codistiller(store, 1)
+    dead.teaching(0)
+    me.teaching(0)
+    me._meeting._sleep = waits.append
+
+    def has_waited(update):
+        del waits[:]
+        train(me, update + 1, start=update)
+        return len(waits) > 0
+
+    assert [has_waited(update) for update in (4, 8, 12)] == [True, False, False]
+    dead._courier._give_sign()  # it is back, though far behind
+    assert [has_waited(update) for update in (16, 20)] == [True, False]
+    train(dead, 5, start=4)  # it publishes
+    assert [has_waited(update) for update in (24, 28)] == [True, False]
+    train(dead, 33, start=32)
+    assert not has_waited(32) and me.teaching(32).staleness == 0, "and is met again"
+    assert has_waited(36)
+
+
+def test_a_storage_that_hangs_is_waited_for_once_in_lockstep(monkeypatch):
+    monkeypatch.setattr(courier_module, "_MOMENT", 0.01)
+    monkeypatch.setattr(codistiller_module, "LOCKSTEP_WAIT", 0.2)
+    store, waits = Gate(), []
+    me = codistiller(store, 0, lockstep=True)
+    me.teaching(0)
+    store.reading = "peer1"
+    me._meeting._sleep = waits.append
+    train(me, 5, start=1)
+    assert waits
+    del waits[:]
+    me._courier.teachers, me._meeting.read = [], lambda *_: None
+    train(me, 13, start=5)
+    assert not waits
+    store.open.set()
+
+
 def test_lockstep_keeps_what_a_learner_would_need_to_resume():
     """Peer 1 saved no checkpoint: everything is kept. It saves one, twice: what lies before the first may go."""
     store = MemoryStore()
@@ -387,6 +428,51 @@ def test_lockstep_keeps_what_a_learner_would_need_to_resume():
     run(29, 41)
     kept = [name for name in store.names("peer0") if name.endswith(".safetensors")]
     assert kept[0] == "u000000020.safetensors"
+
+
+def test_lockstep_does_not_wait_for_what_a_teacher_no_longer_keeps():
+    """Peer 1 was dead for long; restarted at update 4, it meets peer 0 as it is now, and at once."""
+    store, naps = MemoryStore(), []
+    other = codistiller(store, 0, lockstep=True, wait=0.001)
+    train(other, 81)
+    kept = [name for name in store.names("peer0") if name.endswith(".safetensors")]
+    assert len(kept) <= KEEP_FOR_LEARNERS and "u000000004.safetensors" not in kept
+    me = codistiller(store, 1, lockstep=True, wait=1e9, sleep=naps.append)
+    assert me.teaching(4).staleness == -76 and naps == []
+
+
+# What is said of the options.
+
+
+def test_options_that_never_teach_are_spoken_of_once(caplog):
+    train(codistiller(MemoryStore(), 0, updates=4, interval=4, every=5, schedule=AlphaSchedule("constant", 0.5, burn_in=4)), 4)
+    for name, value in (("interval", 4), ("every", 5), ("burn-in", 4)):
+        assert caplog.text.count(f"--codistill-{name} is {value}, which is not below --max-update 4, so this peer will") == 1
+    caplog.clear()
+    train(codistiller(MemoryStore(), 0, updates=5), 5)
+    assert "max-update" not in caplog.text
+
+
+def test_a_schedule_that_is_given_anew_at_a_resume_is_spoken_of(caplog):
+    store = MemoryStore()
+
+    def resumed(update, epoch, schedule):
+        one = codistiller(store, 0, schedule=schedule)
+        one.begin_epoch(epoch, Model())
+        caplog.clear()
+        train(one, update + 5, start=update)
+        one.end(completed=False)
+        return "; ".join(message for message in caplog.messages if "since this run's" in message)
+
+    first = AlphaSchedule("exponential", 1.0, gamma=1.1, milestones=[3.0])
+    assert resumed(0, 1, first) == "" and resumed(4, 8, first) == ""
+    assert resumed(8, 8, dataclasses.replace(first, alpha=2.0, burn_in=3)) == (
+        "codistillation: since this run's snapshot of update 8: codistill_alpha 1.0 → 2.0, codistill_burn_in 0 → 3: options "
+        "act as if they had been given from the first epoch on, so α is now 3.897 in epoch 8, and was 1.949"
+    )
+    newest = store.read("peer0/latest.json", 10**6)
+    store.write("peer0/latest.json", newest.replace(b'"codistill_alpha"', b'"something_else_"'))
+    assert resumed(12, 8, first) == "", "a manifest that was tampered with, or of an older version"
 
 
 # A group: only rank 0 touches the exchange, and all hold the same.
@@ -442,13 +528,59 @@ def _rank_with_a_late_read(rank, port, path, results):
 def _wait_of_ranks(rank, port, path, results):
     """Rank 0 waits for a peer that never comes, in more slices than one; the others wait with it, and all go on."""
     torch.set_num_threads(1)
-    codistiller_module._SLICE = 0.1
+    meeting._SLICE = 0.1
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     one = codistiller(open_store(path), 0, model=Model(), wait=0.35)
-    shared, share = [], one._share
-    one._share = lambda what: shared.append(share(what)) or shared[-1]
+    shared, share = [], group.share
+    group.share = lambda what: shared.append(share(what)) or shared[-1]
     held = [one.teaching(update) for update in range(3)]
     results.put((rank, (held, False in shared, shared.count(None) >= 2)))
+    dist.destroy_process_group()
+
+
+def _rank_with_failures(rank, port, path, results):
+    """What fails on one rank alone: memory for the peer's model (rank 1), loading (rank 0), copying my weights (rank 0)."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    one, held = codistiller(open_store(path), 0, model=Model()), []
+    fails = {(1, 4): "replica", (0, 8): "load"}
+
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    for update in range(17):
+        with pytest.MonkeyPatch.context() as patch:
+            if (rank, update) in fails:
+                patch.setattr(codistiller_module, fails[rank, update], fail)
+            if rank == 0 and update == 12:
+                patch.setattr(one._courier._buffer, "fill", fail)
+                patch.setattr(one._courier, "at", fail)
+            teaching = one.teaching(update)
+        held.append(biases(teaching)[0] if teaching else None)
+        if update in (3, 7, 11, 15) and rank == 0:
+            _publish_as_peer_1(open_store(path), update + 1, update)
+        dist.barrier()
+    results.put((rank, held))
+    dist.destroy_process_group()
+
+
+def _rank_that_may_not_begin(rank, port, path, results):
+    """Rank 0 is refused by the exchange, before the training and at its first update; rank 1 cannot load a teacher."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    said = []
+    one = codistiller(open_store(path), 0, join=False)
+    one.begin_epoch(1, Model())
+    for refused in (
+        lambda: one.join(Run(3, None, None)),
+        lambda: one.teaching(0),
+        lambda: one.load_frozen((lambda: 1 / 0) if rank == 1 else list),
+    ):
+        try:
+            refused()
+        except (ValueError, ZeroDivisionError) as error:
+            said.append(str(error))
+    results.put((rank, said))
     dist.destroy_process_group()
 
 
@@ -473,6 +605,35 @@ def test_a_late_read_is_skipped_by_all_ranks_together(tmp_path):
     first, second = of_ranks(_rank_with_a_late_read, tmp_path / "x")
     assert first == second
     assert first == [None] * 6 + [([3.0], 2.0), ([3.0], 3.0), ([3.0], 4.0)]
+
+
+def test_what_fails_on_one_rank_costs_all_of_them_one_snapshot(tmp_path):
+    first, second = of_ranks(_rank_with_failures, tmp_path / "x")
+    assert first == second
+    assert first == [None] * 12 + [11.0] * 4 + [15.0]
+
+
+def test_what_stops_one_rank_at_the_start_stops_all_of_them(tmp_path):
+    store = open_store(str(tmp_path / "x"))
+    Exchange(store, 1).join(Run(2, None, None))
+    other = nn.Linear(3, 3)
+    Exchange(store, 0).publish(tensors_of(other), 4, epoch=1, fingerprint="another", model={}, time=0.0)
+    first, second = of_ranks(_rank_that_may_not_begin, tmp_path / "x")
+    assert first[:2] == second[:2] and "the same number of peers" in first[0] and "another architecture" in first[1]
+    assert second[2] == "division by zero"
+    assert first[2] == "Rank 1 of this peer's group has failed, so all its ranks stop: ZeroDivisionError: division by zero"
+
+
+def test_a_peer_that_finds_no_memory_costs_its_teaching_alone(monkeypatch, caplog):
+    store = MemoryStore()
+    me, other = codistiller(store, 0), codistiller(store, 1)
+    train(other, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(codistiller_module, "replica", lambda *_: 1 / 0)
+        assert me.teaching(0) is None
+    assert "peer 1: its snapshot of update 4 could not be loaded (ZeroDivisionError" in caplog.text
+    train(other, 9, start=5)
+    assert me.teaching(4).staleness == -4
 
 
 def test_ranks_wait_together_and_never_for_ever(tmp_path):

@@ -53,7 +53,7 @@ BAD = [
     (dict(topology="rign", peers=2, dir="x"), "codistill_topology must be 'all', 'ring' or the path of a file of edges"),
     (dict(peers=2, dir="x", ddp_backend="fully_sharded"), "cannot publish the weights of --ddp-backend fully_sharded"),
     (dict(peers=2, dir="x", model_parallel_size=2), "needs whole models, but --model-parallel-size is above 1"),
-    (dict(teacher="missing.pt"), "codistill_teacher must be checkpoints a.pt:b.pt, but there is no file 'missing.pt'."),
+    (dict(label_smoothing=0.1), "codistill_ce smooths no labels (its loss is the true NLL and the distance to the peers)"),
 ]
 
 
@@ -131,6 +131,7 @@ def test_when_anybody_teaches():
 REFUSED = {
     "--codistill-alpha -1": "codistill_alpha must be a finite number, not negative, but is -1.0 instead.",
     "--codistill-topology rign": "'rign' is none of these.",
+    "--label-smoothing 0.1": "but --label-smoothing is 0.1; leave it out.",
     "--codistill-loss mes": "argument --codistill-loss: invalid choice: ",
 }
 

@@ -67,9 +67,9 @@ def model(value=0.0):
     return net
 
 
-def courier(store, peer, teachers=(), **settings):
+def courier(store, peer, teachers=(), sleep=time.sleep, **settings):
     net = model()
-    one = Courier(Exchange(store, peer), list(teachers), fingerprint(net), tensors_of(net), **settings)
+    one = Courier(Exchange(store, peer, sleep), list(teachers), fingerprint(net), tensors_of(net), **settings)
     one._ready = Arrivals()
     return one
 
@@ -274,6 +274,42 @@ def test_without_locks_an_index_is_taken_only_from_a_peer_that_has_fallen_silent
     assert sum(naps) == 15, "three beats"
     alive.stop("stopped")
     Exchange(store, 0, sleep=pytest.fail).join(Run(2, None, None))
+
+
+def test_who_has_lost_its_index_says_so_once_and_writes_nothing_more(caplog):
+    store = NoLocks()
+    one = courier(store, 0, sleep=lambda seconds: None)
+    one.exchange.join(Run(2, None, None))
+    one._give_sign()
+    publish(one, 1)
+    one.drain()
+    Exchange(store, 0, sleep=lambda seconds: None).join(Run(2, None, None))
+    before = dict(store._files)
+    for update in (2, 3):
+        assert publish(one, update)
+        one.drain()
+        one._give_sign()
+    one.stop("ended")
+    assert store._files == before and one.totals.failed == 2
+    assert [m for m in caplog.messages if "not published" in m or "sign of life" in m] == []
+    assert caplog.text.count("peer0 in memory now belongs to process") == 1 and "training goes on" in caplog.text
+
+
+def test_one_reason_for_not_publishing_is_one_warning(caplog):
+    store = MemoryStore()
+    one, write = courier(store, 0, in_background=False), store.write
+    for reason in ("No space left on device", "No space left on device", "Stale file handle"):
+        def fails(*_, reason=reason):
+            raise OSError(28, reason)
+
+        store.write = fails
+        publish(one, 1)
+    store.write = write
+    publish(one, 2)
+    store.write = fails
+    publish(one, 3)
+    warnings = [record.message.split(": ")[2] for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.split(";")[0] for text in warnings] == ["No space left on device", *["Stale file handle"] * 2]
 
 
 def test_a_lock_proves_nothing_about_another_host(monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
 import gzip
 import io
@@ -28,6 +30,7 @@ import corpora  # isort: skip
 import download  # isort: skip
 import moses  # isort: skip
 import multi30k  # isort: skip
+import options  # isort: skip
 import parallel_text  # isort: skip
 import pipeline  # isort: skip
 import prepare  # isort: skip
@@ -538,6 +541,62 @@ def test_two_runs_of_one_folder_do_not_meet(tmp_path, iwslt_source, capsys):
     with stages.locked(tmp_path / "out.partial", "it"):
         status, errors = run(capsys, IWSLT, tmp_path / "out", "--source", iwslt_source)
     assert status == 2 and "is being made by another run" in errors[0]
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOSYS, errno.ENOLCK], ids=["NFS", "Lustre", "no lock daemon"])
+def test_a_file_system_without_locks_is_used_and_told_of(tmp_path, monkeypatch, capsys, number):
+    """NFS answers EBADF for what is not open for writing, Lustre without -o flock ENOSYS for everything."""
+
+    def flock(handle, operation):
+        writable = fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        if number != errno.EBADF or not writable:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(stages.fcntl, "flock", flock)
+    with stages.locked(tmp_path / "out", "it"):
+        pass
+    told = capsys.readouterr().err
+    assert told == "" if number == errno.EBADF else "has no locks" in told and told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the lock is gone"
+
+
+def test_a_refused_vocab_is_not_held_against_the_corrected_one(tmp_path, capsys):
+    text = "".join(f"{english}\t{german}\n" for english, german in made.tatoeba_rows())
+    source = write(tmp_path / "source", {"deu.txt": text.encode()})
+    words = ("tatoeba_de_en", tmp_path / "out", "--source", source, "--held-out", 20, "--pieces", "sentencepiece")
+    status, errors = run(capsys, *words, "--vocab", 100_000)
+    assert status == 2 and "--vocab must be at most" in errors[0]
+    done = (tmp_path / "out.partial/tokens/stage.json").stat().st_mtime_ns
+    status, errors = run(capsys, *words, "--vocab", 100_000, "--train-pairs", 5)
+    assert status == 2 and "was begun with" in errors[0], "the tokens that are there have other pairs"
+    assert (tmp_path / "out.partial/tokens/stage.json").stat().st_mtime_ns == done
+    status, errors = run(capsys, *words, "--vocab", 70)
+    assert status == 0, errors
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["settings"]["vocab"] == 70
+
+
+def test_a_line_that_sentencepiece_passes_over_is_learned_from_in_parts(tmp_path):
+    short = ["ein Satz", "ä" * 2096, "word " * 838]
+    assert [list(parallel_text.learnable(line)) for line in short] == [[line] for line in short]
+    words = ["Wörter und noch mehr Worte"] * 400
+    parts = list(parallel_text.learnable(" ".join(words)))
+    assert " ".join(parts) == " ".join(words) and len(parts) > 1
+    for line in (" ".join(words), "ü" * 10_000, "a " + "b" * 9_000 + " c"):
+        parts = list(parallel_text.learnable(line))
+        assert max(len(part.encode()) for part in parts) <= 4192
+        assert "".join(parts).replace(" ", "") == line.replace(" ", "")
+    model = parallel_text.train_subwords([[" ".join(words)] * 3], tmp_path / "model", 19, "unigram")
+    assert model.get_piece_size() == 19
+    with pytest.raises(ValueError, match="^the training text must have lines to learn subwords from, but has no line that is"):
+        parallel_text.train_subwords([[""]], tmp_path / "none", 20, "unigram")
+
+
+def test_a_home_folder_is_found_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert options.user_path("~/data") == tmp_path / "data" and options.user_path("a/~") == Path("a/~")
+    for program in ("prepare", "multi30k", "grammar_corpus", "images"):
+        text = (Path(prepare.__file__).parent / f"{program}.py").read_text()
+        assert "type=Path" not in text, program
 
 
 # --- download ---------------------------------------------------------------------------------------------------------

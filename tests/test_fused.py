@@ -1,16 +1,20 @@
 """The fused loss against the slow reference, and in real models against the path that holds all logits."""
 
+import contextlib
 import copy
 import math
 import weakref
+from weakref import WeakKeyDictionary
 
 import fairseq
 import pytest
 import torch
 import torch.nn.functional as F
 from fairseq.distributed import ModuleProxyWrapper
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.utils import move_to_cuda
 from fairseq_runs import _FORK as FORK
-from fairseq_runs import CODISTILL, free_port, preprocess
+from fairseq_runs import CODISTILL, LOCKSTEP, Job, free_port, peer_environment, preprocess, taught, train_words
 from test_criterion import Setting
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +24,7 @@ from fairseq_codistill.codistiller import Teaching
 from fairseq_codistill.fused import Objective, Peer, fused
 from fairseq_codistill.losses import AGGREGATES, DISTANCES
 from fairseq_codistill.output_layer import output_layer, replaced
+from fairseq_codistill.replica import replica
 
 N, C, V = 7, 5, 11
 
@@ -281,47 +286,64 @@ def test_bf16_peers(setting):
     torch.testing.assert_close(loss, slow, rtol=1e-3, atol=1e-3)
 
 
-def rank_gradients(rank, port, find_unused, data, pipe):
-    """One rank of two under torch's DDP: its gradients after two steps, each from zero."""
+def rank_gradients(rank, ranks, port, find_unused, data, pipe):
+    """One rank under torch's DDP, fairseq's default: its gradients after each of STEPS, each from zero."""
     address = f"tcp://127.0.0.1:{port}"
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
     setting = Setting(data, CODISTILL)
-    criterion, sample = setting.criterion(loss="ce"), setting.dataset.collater(setting.items[rank::2])
+    criterion = setting.criterion(loss="ce")
     wrapped = ModuleProxyWrapper(DistributedDataParallel(setting.model, find_unused_parameters=find_unused))
-    for _ in range(2):
+    steps = []
+    for teaches, micro_batches in STEPS:
         setting.model.zero_grad()
-        criterion(wrapped, setting.teach(sample))[0].backward()
+        for number in range(micro_batches):
+            last = number == micro_batches - 1
+            with contextlib.nullcontext() if last else wrapped.no_sync():  # as fairseq does for --update-freq
+                criterion(wrapped, rank_sample(setting, rank, ranks, teaches, number))[0].backward()
+        steps.append({name: p.grad.numpy().copy() for name, p in setting.model.named_parameters() if p.grad is not None})
     assert criterion._layers[wrapped] is setting.model.decoder.output_projection
-    pipe.send({name: p.grad.numpy() for name, p in setting.model.named_parameters() if p.grad is not None})
+    pipe.send(steps)
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("find_unused", [False, True])
-def test_torch_ddp_averages_the_gradients(data, setting, find_unused):
+# (taught or plain, micro-batches): as with --codistill-every, a late peer and --update-freq.
+STEPS = [(False, 1), (True, 1), (True, 2), (False, 2), (True, 1)]
+
+
+def rank_sample(setting, rank, ranks, teaches, number):
+    sample = setting.dataset.collater(setting.items[rank::ranks][number:] or setting.items[rank::ranks])
+    return setting.teach(sample) if teaches else sample
+
+
+@pytest.mark.parametrize("ranks,find_unused", [(2, False), (2, True), (3, False)])
+def test_torch_ddp_averages_the_gradients(data, setting, ranks, find_unused):
     """The loss is made inside the wrapped forward, so no parameter is taken for unused. (legacy_ddp: test_training.)"""
     if fairseq.__version__ == "0.12.2" and not find_unused:
         pytest.skip("stock fairseq has parameters that it does not use")
     port, jobs = free_port(), []
-    for rank in range(2):
+    for rank in range(ranks):
         reading, writing = FORK.Pipe(duplex=False)
-        jobs.append((FORK.Process(target=rank_gradients, args=(rank, port, find_unused, data, writing)), reading))
+        jobs.append((FORK.Process(target=rank_gradients, args=(rank, ranks, port, find_unused, data, writing)), reading))
         jobs[-1][0].start()
         writing.close()
     averaged = [reading.recv() for _, reading in jobs]  # EOFError if a rank has died
     for process, _ in jobs:
         process.join()
-    expected = []
-    for rank in range(2):
-        criterion = setting.criterion(loss="ce")
-        criterion._layers[setting.model] = None  # the general path
-        setting.model.zero_grad()
-        criterion(setting.model, setting.teach(setting.dataset.collater(setting.items[rank::2])))[0].backward()
-        expected.append({name: p.grad.clone() for name, p in setting.model.named_parameters() if p.grad is not None})
-    for name in expected[0]:
-        mean = (expected[0][name] + expected[1][name]) / 2
-        for gradients in averaged:
-            torch.testing.assert_close(torch.from_numpy(gradients[name]), mean, rtol=1e-4, atol=1e-4, msg=name)
+    for number, (teaches, micro_batches) in enumerate(STEPS):
+        expected = []
+        for rank in range(ranks):
+            criterion = setting.criterion(loss="ce")
+            criterion._layers[setting.model] = None  # the general path
+            setting.model.zero_grad()
+            for part in range(micro_batches):
+                criterion(setting.model, rank_sample(setting, rank, ranks, teaches, part))[0].backward()
+            expected.append({name: p.grad.clone() for name, p in setting.model.named_parameters() if p.grad is not None})
+        for name in expected[0]:
+            mean = sum(gradients[name] for gradients in expected) / ranks
+            for steps in averaged:
+                mine = torch.from_numpy(steps[number][name])
+                torch.testing.assert_close(mine, mean, rtol=1e-4, atol=1e-4, msg=f"{name}, step {number}")
 
 
 # Where the output layer is.
@@ -374,3 +396,129 @@ def test_tied_lstm_and_adaptive_softmax_take_the_general_path(raw, tmp_path):
         assert other.criterion()._output_layers(other.model, other.sample, Teaching(1.0, [other.peer])) is None
         loss, _, log = other.criterion()(other.model, other.teach())
         assert loss.isfinite() and log["codistill_loss"] > 0
+
+
+# Under autocast (--amp).
+
+
+@pytest.fixture
+def autocast(monkeypatch):
+    """Autocast as CUDA's, on a CPU: linear layers in 16 bits, layer norms in float32 (which CPU's leaves as they are)."""
+    layer_norm = F.layer_norm
+
+    def in_float32(x, shape, weight=None, bias=None, eps=1e-5):
+        if not torch.is_autocast_enabled("cpu"):
+            return layer_norm(x, shape, weight, bias, eps)
+        wide = [None if part is None else part.float() for part in (x, weight, bias)]
+        return layer_norm(wide[0], shape, *wide[1:], eps)
+
+    monkeypatch.setattr(F, "layer_norm", in_float32)
+    return lambda enabled=True: torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
+
+
+AUTOCAST = [(None, None), (torch.bfloat16, None), (torch.int8, None)]  # a CPU's autocast knows no fp16
+AUTOCAST += [(None, FUSED_MODELS["lstm"]), (None, FUSED_MODELS["fconv"])]
+
+
+@pytest.mark.parametrize("peer_dtype,model", AUTOCAST, ids=["fp32", "bf16 peer", "int8 peer", "lstm", "fconv"])
+def test_both_paths_are_one_under_autocast(setting, data, autocast, peer_dtype, model):
+    """Features come in another dtype than the layer's weight: 16 bits from a linear layer, float32 from a layer norm."""
+    setting = Setting(data, CODISTILL, model=model) if model else setting
+    dtypes, peer = [], replica(setting.peer, peer_dtype)
+    sample = {**setting.sample, hook.TEACHING: Teaching(0.7, [peer], 2.0)}
+    results = []
+    for layers in ({}, {setting.model: None}):
+        criterion = setting.criterion(loss="ce")
+        criterion._layers.update(layers)
+        setting.model.zero_grad()
+        with autocast():
+            loss, _, log = criterion(setting.model, sample)
+        loss.backward()
+        dtypes.append({p.grad.dtype for p in setting.model.parameters() if p.grad is not None})
+        gradients = {n: p.grad.clone() for n, p in setting.model.named_parameters() if p.grad is not None}
+        results.append((float(loss.detach()), float(log["codistill_loss"]), gradients))
+        assert (criterion._layers[setting.model] is None) == bool(layers)
+    assert dtypes == [{torch.float32}] * 2
+    (loss, distance, gradients), (slow_loss, slow_distance, slow_gradients) = results
+    assert loss == pytest.approx(slow_loss, rel=5e-3) and distance == pytest.approx(slow_distance, rel=5e-3)
+    assert gradients.keys() == slow_gradients.keys()
+    for name, slow in slow_gradients.items():
+        assert (gradients[name] - slow).norm() <= 5e-2 * slow.norm() + 1e-2, name
+
+
+def test_the_first_update_under_autocast_has_all_gradients(setting, autocast):
+    """The search for the output layer runs the model without gradients: what autocast casts there must not be kept."""
+    model, criterion = copy.deepcopy(setting.model), setting.criterion(loss="ce")
+    with autocast():
+        loss, _, _ = criterion(model, setting.teach())
+    loss.backward()
+    first = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    plain = copy.deepcopy(setting.model)
+    with autocast():
+        setting.criterion()(plain, setting.sample)[0].backward()
+    assert first.keys() == {name for name, p in plain.named_parameters() if p.grad is not None}
+    assert all(gradient.abs().sum() > 0 for name, gradient in first.items() if "k_proj.bias" not in name)
+
+
+def test_autocast_is_off_while_the_output_layer_is_looked_for(autocast):
+    """Or torch before 2.13 loses gradients: it keeps what it casts here, without a gradient, for the training forward."""
+    seen = []
+
+    class Watched(Model):
+        def forward(self, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(x)
+
+    with autocast():
+        assert output_layer(Watched("plain"), {"x": torch.randn(2, 4)}, lambda *_: True) is not None
+        assert torch.is_autocast_enabled("cpu") and seen == [False]
+
+
+class AmpOptimizer(AMPOptimizer):
+    """What fairseq's task asks of the optimizer of --amp."""
+
+    def __init__(self):
+        pass
+
+    def backward(self, loss):
+        loss.backward()
+
+
+def test_fairseqs_step_under_amp(setting, autocast, monkeypatch):
+    """Its autocast is CUDA's, so `--amp` on a CPU is idle: here it is this one."""
+    monkeypatch.setattr(torch.cuda.amp, "autocast", autocast)
+    model, criterion = copy.deepcopy(setting.model), setting.criterion(loss="ce")
+    step = type(setting.task).train_step
+    sample = {**setting.sample, hook.TEACHING: Teaching(1.0, [replica(setting.peer, torch.bfloat16)])}
+    loss, _, log = step(setting.task, sample, model, criterion, AmpOptimizer(), 0)
+    assert criterion._layers[model] is model.decoder.output_projection and log["codistill_loss"] > 0
+    plain, _, _ = criterion(setting.model, sample)
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-2) and loss != plain
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("peer_dtype", [None, torch.bfloat16, torch.int8])
+def test_autocast_on_a_gpu(setting, dtype, peer_dtype):
+    criterion, model = setting.criterion(loss="ce"), copy.deepcopy(setting.model).cuda()
+    peer = replica(copy.deepcopy(setting.peer).cuda(), peer_dtype)
+    sample = move_to_cuda({**setting.sample})
+    losses = []
+    for layers in ({}, {model: None}):
+        criterion._layers = WeakKeyDictionary(layers)
+        model.zero_grad()
+        with torch.autocast("cuda", dtype=dtype):
+            loss, _, _ = criterion(model, {**sample, hook.TEACHING: Teaching(0.7, [peer], 2.0)})
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_amp_trains_on_a_gpu(data, tmp_path):
+    words = [train_words(data, tmp_path / f"{i}", LOCKSTEP, f"--max-update 6 --amp --seed {i + 1}") for i in range(2)]
+    environments = [peer_environment(i, 2, tmp_path / "exchange") for i in range(2)]
+    jobs = [Job([word for word in one if word != "--cpu"], env) for one, env in zip(words, environments)]
+    assert all(len(taught(job.finish())) == 2 for job in jobs)

@@ -852,6 +852,86 @@ def test_second_ctrl_c_kills_at_once(programs, tmp_path: Path) -> None:
     until(lambda: not any(map(is_alive, pids)), 5)
 
 
+class Terminal:
+    """What a person sees: the text on a terminal of `width` columns, of which the launcher is the session's leader."""
+
+    def __init__(self, width: int, *argv: str) -> None:
+        self.width, self.rows, self.row, self.column, self.raw = width, [""], 0, 0, bytearray()
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+        environ = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+        environ.pop("COLUMNS", None)  # the terminal's own width counts; pytest-xdist sets this
+        self.launcher = start(
+            *argv, terminal="terminal", stdin=slave, stdout=slave, stderr=slave, env=environ, start_new_session=True
+        )
+        os.close(slave)
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # Linux ends a terminal with an error
+            while piece := os.read(self.master, 65536):
+                self.raw.extend(piece)
+
+    def end(self) -> int:
+        status = self.launcher.wait(30)
+        self.reader.join(10)
+        os.close(self.master)
+        return status
+
+    @property
+    def text(self) -> str:
+        """All that was ever written, without control codes."""
+        return CODES.sub("", self.raw.decode("utf-8", "replace"))
+
+    @property
+    def screen(self) -> list:
+        """The lines that are to be seen, as control codes have left them."""
+        self.rows, self.row, self.column = [""], 0, 0
+        for code, sign in re.findall(r"(\x1b\[[0-9;?]*[A-Za-z])|([^\x1b])", self.raw.decode("utf-8", "replace")):
+            self._obey(code[-1], int(re.sub(r"\D", "", code[2:-1]) or 1)) if code else self._write(sign)
+        return [row.rstrip() for row in self.rows]
+
+    def _obey(self, letter: str, count: int) -> None:
+        if letter == "A":
+            self.row = max(0, self.row - count)
+        elif letter == "K":
+            self.rows[self.row] = "" if count == 2 else self.rows[self.row][: self.column]
+
+    def _write(self, sign: str) -> None:
+        if sign == "\r":
+            self.column = 0
+        elif sign == "\n":
+            self.row += 1
+            self.rows += [""] * (self.row + 1 - len(self.rows))
+        else:
+            if self.column == self.width:
+                self._write("\r"), self._write("\n")
+            row = self.rows[self.row].ljust(self.column)
+            self.rows[self.row] = row[: self.column] + sign + row[self.column + 1 :]
+            self.column += 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_terminal_is_left_as_it_was(programs, tmp_path: Path, width: int) -> None:
+    """Ctrl-C while peers start leaves no line of the table; what is echoed would move it."""
+    programs(WAITING)
+    terminal = Terminal(width, *"--peers 2 -- fairseq-train --save-dir".split(), "a-folder/of-some-length/for-a-run")
+    pids_of(tmp_path, 2)
+    until(lambda: "starting" in terminal.text)
+    table = [line for line in terminal.screen if line[:1] in "╭│╰" and line]
+    assert len(table) == 5 and max(map(len, table)) <= min(width, 140), table
+    if width >= 80:
+        assert "tail -f a-folder/of-some-length/for-a-run/peer*/train.log" in table[-1]
+    os.write(terminal.master, b"typed, and Enter\n\n\x03")
+    assert terminal.end() == 130
+    screen = "\n".join(terminal.screen)
+    assert not re.search("[╭╰│]", screen) and "SIGINT: stopping all peers" in screen and "^C" not in screen, screen
+    log = "a-folder/of-some-length/for-a-run/peer"
+    words = f"Logs:  {log}*/train.log" if width < 100 else f"{log}1/train.log"
+    assert words in terminal.text, "in one piece"
+
+
 def test_terminal_shows_the_table_and_ctrl_c_lets_peers_end_well(programs, tmp_path: Path) -> None:
     programs(
         "def leave(*_):\n    time.sleep(0.2)\n    write('left')\n    sys.exit(1)\n"
@@ -859,38 +939,20 @@ def test_terminal_shows_the_table_and_ctrl_c_lets_peers_end_well(programs, tmp_p
         + TRAINING.replace("log(", "me == 1 and log(")
         + "assert not os.isatty(0)\nwrite(f'pid{me}', os.getpid())\nif me == 0: sys.exit(9)\nwhile True: signal.pause()"
     )
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
-    environ = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
-    environ.pop("COLUMNS", None)  # the terminal's own width counts; pytest-xdist sets this
-    launcher = start(
-        *"--peers 2 -- fairseq-train --save-dir X".split(), terminal="terminal",
-        stdin=slave, stdout=slave, stderr=slave, env=environ, start_new_session=True,
-    )  # fmt: skip
-    os.close(slave)
-    shown = bytearray()
-
-    def read() -> None:
-        with contextlib.suppress(OSError):  # Linux ends a terminal with an error
-            while piece := os.read(master, 65536):
-                shown.extend(piece)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-
-    def text() -> str:
-        return CODES.sub("", shown.decode("utf-8", "replace"))
-
+    terminal = Terminal(140, *"--peers 2 -- fairseq-train --save-dir X".split())
     pids = pids_of(tmp_path, 2)
-    until(lambda: "failed (9)" in text() and "4.500" in text())
-    os.write(master, b"\x03")
-    assert launcher.wait(30) == 130
-    reader.join(10)
-    os.close(master)
-    row = re.findall(r"│ 1 +\S training +━+ 100/100 +2 +6\.100 +4\.500 +4\.500 +▁ +1\.1 +25 +50% +5 +\d+s │", text())
-    assert row and re.search(r"peer +state +progress +update +epoch +loss +valid +best", text()), text()[-3000:]
-    assert "codistill-launch · 2 peers" in text() and "Ctrl-C stops all" in text()
-    assert "\x1b[" in shown.decode("utf-8", "replace") and "SIGINT: stopping all peers" in text()
-    assert (tmp_path / "left").exists() and re.search(r"1 +stopped", text())
-    assert "The same command again goes on" in text()
+    until(lambda: "failed (9)" in terminal.text and "4.500" in terminal.text)
+    os.write(terminal.master, b"\x03")
+    assert terminal.end() == 130
+    text = terminal.text
+    row = re.findall(r"│ 1 +\S training +━{20,40} 100/100 +2 +6\.100 +4\.500 +4\.500 +▁ +1\.1 +25 +50% +5 +\d+s │", text)
+    assert row and re.search(r"peer +state +progress +update +epoch +loss +valid +best", text), text[-3000:]
+    assert "codistill-launch · 2 peers" in text and "Ctrl-C stops all" in text
+    assert "\x1b[" in terminal.raw.decode("utf-8", "replace") and "SIGINT: stopping all peers" in text
+    assert (tmp_path / "left").exists() and re.search(r"1 +stopped", text)
+    assert "The same command again goes on" in text
     assert not any(map(is_alive, pids))
+
+
+def test_a_teacher_that_is_ahead() -> None:
+    assert [launch_view.staleness_text(age) for age in (None, 25.4, 0, -0.4, -1)] == ["-", "25", "0", "0", "1 ahead"]

@@ -60,7 +60,7 @@ def test_what_is_planted_for_the_temporary_file_is_neither_changed_nor_published
             aside.write_text("longer than what was written")
 
     at(monkeypatch, "fsync", swap)
-    with pytest.raises(OSError, match="somebody has put another file in the place of peer0/latest.json"):
+    with pytest.raises(OSError, match="somebody puts other files in the place of those that are written to peer0"):
         store.write("peer0/latest.json", b"SECRE!")  # as long as the secret
     assert mode(secret) == 0o600 and secret.read_text() == "SECRET"
     assert store.read("peer0/latest.json", 10) == b"good" and sorted(os.listdir(folder)) == ["latest.json", "lock"]
@@ -75,7 +75,7 @@ def test_what_is_planted_between_the_look_and_the_rename_is_not_taken_for_publis
         aside.symlink_to(secret)
 
     at(monkeypatch, "replace", swap)
-    with pytest.raises(OSError, match="somebody has put another file"):
+    with pytest.raises(OSError, match="somebody puts other files"):
         store.write("peer0/latest.json", b"mine")
     assert mode(secret) == 0o600 and secret.read_text() == "SECRET"
 

@@ -1,0 +1,122 @@
+"""Waiting for the teachers: at the start, in lockstep, for a read. All ranks of a group wait together; rank 0 alone looks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from typing import Any, Callable, Dict, List, Optional
+
+from . import group
+from .courier import Courier
+from .exchange import Exchange
+from .manifest import BadSnapshot, Manifest
+
+logger = logging.getLogger(__name__)
+
+_LOOK_AGAIN = 0.05  # seconds between looks at the exchange while waiting; other machines cannot wake us
+_SLICE = 30.0  # seconds after which waiting ranks hear from rank 0, far below what a process group takes for a hang
+
+
+class Meeting:
+    """`courier`: rank 0's, None on the others. `sleep`: takes seconds."""
+
+    def __init__(
+        self, exchange: Exchange, courier: Optional[Courier], teachers: List[int], sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._exchange, self._courier, self._teachers, self._sleep = exchange, courier, teachers, sleep
+        self._missed: Dict[int, Any] = {}  # teachers that missed a meeting, and their last sign of life then
+
+    def await_first_snapshots(self, seconds: float) -> None:
+        """Until each teacher has published something."""
+        everybody = lambda: all(self._look(teacher, None) for teacher in self._teachers)  # noqa: E731
+        if self._await(everybody, seconds) or self._courier is None:
+            return
+        for teacher in self._teachers:
+            if self._look(teacher, None) is None:
+                logger.warning(
+                    f"codistillation: peer {teacher} has not appeared in {self._exchange.store} within {seconds:g} s "
+                    "(--codistill-wait); training starts without it"
+                )
+
+    def meet(self, update: int, seconds: float) -> None:
+        """Lockstep: until each teacher has published `update`, or has ended before it. One that missed a meeting is not
+        waited for again before it has shown that it lives."""
+        everybody = lambda: all([self._need_not_wait(teacher, update) for teacher in self._teachers])  # noqa: E731
+        if self._await(everybody, seconds) or self._courier is None:
+            return
+        for teacher in self._teachers:
+            if teacher not in self._missed and self._look(teacher, update) is None:
+                self._missed[teacher] = self._life_of(teacher)
+                self._courier.warn(
+                    teacher,
+                    f"lockstep is broken: no snapshot of update {update} has come in time; it is not waited for again before "
+                    "it shows that it lives.",
+                )
+
+    def read(self, teachers: List[int], update: Optional[int], seconds: float) -> None:
+        """Until what is new of the teachers has been read and verified; `update`: see `Courier.look`."""
+        looked = self._courier.look_now(teachers, update) if self._courier is not None else bool
+        self._await(looked, seconds, asked_for=False)
+
+    def _need_not_wait(self, teacher: int, update: int) -> bool:
+        """The teacher's snapshot is there; or it missed a meeting, and has shown no life since."""
+        if self._look(teacher, update) is not None:
+            self._missed.pop(teacher, None)
+            return True
+        if teacher not in self._missed:
+            return False
+        life = self._life_of(teacher)
+        if life is None or life == self._missed[teacher]:
+            return True
+        del self._missed[teacher]
+        return False
+
+    def _life_of(self, teacher: int) -> Any:
+        """What changes while the teacher lives; None where that cannot be seen."""
+        with contextlib.suppress(OSError):
+            return self._courier.ask(teacher, self._signs, teacher)
+        return None
+
+    def _signs(self, teacher: int) -> List[Any]:
+        signs: List[Any] = [None, None]
+        with contextlib.suppress(BadSnapshot):
+            presence = self._exchange.presence(teacher)
+            signs[0] = presence and (presence.life, presence.beat)
+        with contextlib.suppress(BadSnapshot):
+            newest = self._exchange.newest(teacher)
+            signs[1] = newest and (newest.update, newest.checksum)
+        return signs
+
+    def _look(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:
+        """The teacher's snapshot of `update`, or its last if it will make no more; with None, its newest."""
+        with contextlib.suppress(BadSnapshot, OSError):
+            return self._courier.ask(teacher, self._snapshot, teacher, update)
+        return None
+
+    def _snapshot(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:
+        manifest = self._exchange.newest(teacher) if update is None else self._exchange.at(teacher, update)
+        if manifest is None and update is not None:
+            newest = self._exchange.newest(teacher)
+            # It will make no more, or no longer keeps that one.
+            is_last = newest is not None and (newest.update > update or newest.done)
+            manifest = newest if is_last else None
+        return manifest
+
+    def _await(self, ready: Callable[[], bool], seconds: float, asked_for: bool = True) -> bool:
+        """Wait until rank 0 finds it `ready`, on all ranks. In slices: a process group takes long silence for a hang."""
+        start, deadline = time.monotonic(), time.monotonic() + seconds
+        answer = None
+        while answer is None:
+            slice_end = time.monotonic() + _SLICE
+            while self._courier is not None and answer is None and time.monotonic() < slice_end:
+                if ready():
+                    answer = True
+                elif time.monotonic() >= deadline:
+                    answer = False
+                else:
+                    self._sleep(_LOOK_AGAIN)
+            answer = group.share(answer)
+        if self._courier is not None and asked_for:
+            self._courier.totals.waited_s += time.monotonic() - start
+        return answer

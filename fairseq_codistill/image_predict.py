@@ -77,6 +77,7 @@ def load(paths: str, device: str, overrides: dict) -> Tuple[List[ImageClassifier
         if not os.path.isfile(path):
             raise ValueError(f"--path must be checkpoints a.pt:b.pt, but there is no file {path}.")
     compat.allow_checkpoint_classes()
+    compat.quieten_libraries()  # `python -m` has not done what a plugin's import does
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(paths.split(":"), arg_overrides=overrides)
     if not isinstance(task, ImageClassificationTask):
         raise ValueError(f"--path must be checkpoints of --task image_classification, but these are of {type(task).__name__}.")

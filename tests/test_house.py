@@ -45,7 +45,7 @@ LAYERS = {
     "ending": set(),
     "data_order": {"schedules", "wrapping"},
     "hook": {"codistiller", "data_order", "ending", "exchange", "wrapping"},
-    "config": {"losses", "schedules", "topology"},
+    "config": {"losses", "paths", "schedules", "topology"},
     "criterion": {
         "config", "hook", "codistiller", "exchange", "fused", "guard", "losses", "output_layer", "stores", "teachers",
         "topology",
@@ -86,7 +86,7 @@ LAYERS = {
 # Which libraries a room may know of, where that is a rule; the commands must start without fairseq and torch.
 FOREIGN = {
     "guard": {"torch"}, "losses": {"torch"}, "fused": {"torch"}, "output_layer": {"torch"}, "int8": {"torch"},
-    "schedules": set(), "topology": set(), "snapshot": {"torch", "safetensors"}, "exchange": set(),
+    "paths": set(), "schedules": set(), "topology": set(), "snapshot": {"torch", "safetensors"}, "exchange": set(),
     "manifest": set(), "stores": set(), "directory_store": set(), "lock_file": set(),
     "run": set(), "others": set(), "membership": set(), "structure": set(),
     "url_store": {"fsspec"}, "courier": {"torch"}, "replica": {"torch"},

@@ -40,6 +40,8 @@ check_settings() {
         refuse "SOURCE and TARGET must be languages; did you forget to start the train.sh of a recipe, not the shared one?"
     [[ -n "${DATA:-}" ]] || refuse "DATA must be a folder made by $PREPARED_BY, but is not set"
     [[ -n "${OUT:-}" ]] || refuse "OUT must be the folder for the runs, but is not set"
+    # Between quotes a shell leaves ~ as it is.
+    DATA="${DATA/#\~\//$HOME/}" OUT="${OUT/#\~\//$HOME/}"
     [[ "$SEED" =~ ^[0-9]+$ ]] || refuse "SEED must be a whole number, but is $SEED instead"
     for name in PEERS WORKERS TOKENS UPDATES VALIDATE KEEP; do count "$name"; done
     [[ -z "$GPUS" || "$GPUS" =~ ^[0-9]+$ ]] || refuse "GPUS must be a whole number, but is $GPUS instead"

@@ -9,6 +9,7 @@ nobody to learn from) gets plain cross entropy: there is no mode flag.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple

@@ -573,7 +573,7 @@ def _rank_that_may_not_begin(rank, port, path, results):
     one.begin_epoch(1, Model())
     for refused in (
         lambda: one.join(Run(3, None, None)),
-        lambda: one.teaching(0),
+        lambda: (one.join(Run(2, None, None)), one.teaching(0)),
         lambda: one.load_frozen((lambda: 1 / 0) if rank == 1 else list),
     ):
         try:

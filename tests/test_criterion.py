@@ -156,7 +156,8 @@ def _share(updates):
 
 
 def test_where_all_distances_are_0_alpha_is_shown_all_the_same(setting):
-    outputs = setting.criterion()(setting.model, {**setting.sample, hook.TEACHING: Teaching(0.3, [setting.model])})[2]
+    sample = {**setting.sample, hook.TEACHING: Teaching(0.3, [setting.model])}
+    outputs = setting.criterion(loss="mse")(setting.model, sample)[2]
     values = _reduced(CodistillCriterion, [outputs])
     assert values["codistill_loss"] == 0 and values["codistill_alpha"] == 0.3
 

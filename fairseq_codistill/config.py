@@ -14,6 +14,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from .losses import AGGREGATES, CONTROLS, DISTANCES
+from .paths import expanded
 from .schedules import ALPHA_SCHEDULES
 from .topology import edges_of
 
@@ -108,6 +109,10 @@ def read_environment(cfg: CodistillConfig) -> CodistillConfig:
         text = os.environ.get(variable)
         if getattr(cfg, name) is None and text:
             setattr(cfg, name, text if name == "codistill_dir" else _integer(text, variable))
+    for name in ("codistill_dir", "codistill_teacher", "codistill_topology"):  # paths, those of teachers with ":" between
+        value = getattr(cfg, name)
+        if value is not None:
+            setattr(cfg, name, ":".join(map(expanded, value.split(":"))))
     cfg.codistill_peer = 0 if cfg.codistill_peer is None else cfg.codistill_peer
     cfg.codistill_peers = 1 if cfg.codistill_peers is None else cfg.codistill_peers
     return cfg

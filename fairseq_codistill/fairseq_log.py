@@ -19,7 +19,11 @@ Values = dict[str, float]  # name -> number
 RECORD = re.compile(r'\{"epoch"[^{}]*\}')
 _EXCHANGE = re.compile(r"codistillation: exchange totals (\{[^{}]*\})")
 _UPDATE = "num_updates"
-_SETTINGS = ("seed", "max_update", "valid_subset", "log_format", "required_batch_size_multiple")
+_SETTINGS = (
+    "seed", "max_update", "valid_subset", "log_format", "required_batch_size_multiple",
+    "best_checkpoint_metric", "maximize_best_checkpoint_metric",
+)  # fmt: skip
+_NLL_METRICS = ("loss", "nll_loss", "ppl")
 
 
 class Record(NamedTuple):
@@ -73,6 +77,16 @@ def as_float(value: Any) -> float | None:
 def nll(values: Values) -> float | None:
     """cross_entropy logs no nll_loss, because its loss is the NLL."""
     return values.get("nll_loss", values.get("loss"))
+
+
+def choosing_metric(settings: dict[str, str]) -> str:
+    """What chooses checkpoint_best.pt where that is no NLL (bleu, top1), as the valid lines name it; else ""."""
+    metric = settings.get("best_checkpoint_metric", "loss")
+    return "" if metric in _NLL_METRICS else metric
+
+
+def is_maximised(settings: dict[str, str]) -> bool:
+    return settings.get("maximize_best_checkpoint_metric") == "True"
 
 
 def parse_settings(config: str) -> dict[str, str]:

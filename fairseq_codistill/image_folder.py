@@ -21,6 +21,7 @@ from fairseq.data import FairseqDataset
 
 from . import compat
 from .image_transforms import Pipeline, pixels
+from .paths import printable
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class ImageFolder(FairseqDataset):
         except UnreadableImage as error:
             if not self.skip:
                 raise
-            logger.warning("left out: %s", error)
+            logger.warning("left out: %s", printable(str(error)))
             return None
 
     def __getitem__(self, index: int) -> Optional[Dict[str, Any]]:

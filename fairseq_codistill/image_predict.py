@@ -2,9 +2,9 @@
 
     python -m fairseq_codistill.image_predict --path peer0/checkpoint_best.pt:peer1/checkpoint_best.pt --out FILE.tsv DATA/test
 
-Files and folders (all images below them) are read in order. A line is FILE, then CLASS and PROBABILITY of the --top best;
-several checkpoints are an ensemble, whose probabilities are averaged. If the folders of all images are named as classes, the
-accuracy is printed too.
+Files and folders (all images below them) are read in order. A line is FILE, then CLASS and PROBABILITY of the --top best,
+names byte for byte as on the disk but for tabs and ends of lines, which become \\t, \\n and \\r. Several checkpoints are an
+ensemble, whose probabilities are averaged. If the folders of all images are named as classes, the accuracy is printed too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from . import compat
 from .image_classification import ImageClassificationTask
 from .image_folder import ImageFolder, Images
 from .image_models import ImageClassifier
+from .paths import expanded, printable
 
 
 class Accuracy(NamedTuple):
@@ -38,7 +39,7 @@ def find_files(places: Sequence[str]) -> List[str]:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     files: List[str] = []
-    for place in places:
+    for place in map(expanded, places):
         if not os.path.exists(place):
             raise ValueError(f"Images must be files or folders, but there is no {place}.")
         if os.path.isdir(place):
@@ -71,10 +72,12 @@ def predict(
 
 def load(paths: str, device: str, overrides: dict) -> Tuple[List[ImageClassifier], Any]:
     """The models of a.pt:b.pt and their task. Raises ValueError for files that are no image classifiers."""
+    paths = ":".join(map(expanded, paths.split(":")))
     for path in paths.split(":"):
         if not os.path.isfile(path):
             raise ValueError(f"--path must be checkpoints a.pt:b.pt, but there is no file {path}.")
     compat.allow_checkpoint_classes()
+    compat.quieten_libraries()  # `python -m` has not done what a plugin's import does
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(paths.split(":"), arg_overrides=overrides)
     if not isinstance(task, ImageClassificationTask):
         raise ValueError(f"--path must be checkpoints of --task image_classification, but these are of {type(task).__name__}.")
@@ -86,11 +89,12 @@ def write(out: Path, classes: Sequence[str], rows: Iterator[Tuple[str, Tensor]],
     hits, labelled, number = [0, 0], True, 0
     place = {name: i for i, name in enumerate(classes)}
     part = out.with_name(out.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
+    # A name is bytes; those that are no UTF-8 come and go as Python's stand-ins for them.
+    with open(part, "w", encoding="utf-8", errors="surrogateescape") as file:
         for path, probability_V in rows:
             best = probability_V.topk(min(top, len(classes)))
-            words = [f"{classes[i]}\t{p:.6f}" for p, i in zip(best.values.tolist(), best.indices.tolist())]
-            file.write("\t".join([path, *words]) + "\n")
+            words = [f"{_in_a_cell(classes[i])}\t{p:.6f}" for p, i in zip(best.values.tolist(), best.indices.tolist())]
+            file.write("\t".join([_in_a_cell(path), *words]) + "\n")
             label = place.get(Path(path).resolve().parent.name)
             labelled, number = labelled and label is not None, number + 1
             if labelled:
@@ -100,11 +104,15 @@ def write(out: Path, classes: Sequence[str], rows: Iterator[Tuple[str, Tensor]],
     return Accuracy(*(round(100 * hit / number, 2) for hit in hits), number) if labelled and number else None
 
 
+def _in_a_cell(name: str) -> str:
+    return name.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fairseq_codistill.image_predict", description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", help="image files, and folders of them")
     parser.add_argument("--path", required=True, help="checkpoints, a.pt:b.pt for an ensemble")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("--out", type=lambda path: Path(expanded(path)), required=True, help="the file to write")
     parser.add_argument("--top", type=int, default=5, help="classes in each line")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--cpu", action="store_true", help="not on a GPU, even if there is one")
@@ -115,15 +123,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for name in ("top", "batch_size"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)} instead.")
+        if args.out.is_dir() or not args.out.parent.is_dir():  # told before the work, not after it
+            what = "is a folder" if args.out.is_dir() else "lies in no folder"
+            raise ValueError(f"--out must be the file to write, but {args.out} {what}.")
         models, task = load(args.path, device, {"skip_unreadable_images": True} if args.skip_unreadable_images else {})
         rows = predict(models, task, find_files(args.images), batch_size=args.batch_size, device=device)
         accuracy = write(args.out, task.classes, rows, args.top)
     except ValueError as error:
-        print(f"image_predict: {error}", file=sys.stderr)
+        print(f"image_predict: {printable(str(error))}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"image_predict: {printable(f'{error.filename or args.out}: {error.strerror}')}", file=sys.stderr)
+        return 1
     if accuracy:
         print(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, {accuracy.images} images")
-    print(f"wrote {args.out}")
+    print(f"wrote {printable(str(args.out))}")
     return 0
 
 

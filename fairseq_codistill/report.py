@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .output import failure, tolerant_output
+from .paths import expanded, printable
 from .report_figure import draw
-from .report_files import ReportError, load_methods, split_label
+from .report_files import Found, ReportError, load, split_label
 from .report_notes import notes, some
 from .report_summary import Method
 from .report_table import Report, columns, rows, show
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="codistill-report", description="Table and curves from fairseq's JSON logs.")
+    parser = argparse.ArgumentParser(prog="codistill-report", description="Table and curves from fairseq's JSON logs.",
+        epilog="exit status: 0; 1 if something named could not be read (the rest is shown); 2 if nothing is shown")  # fmt: skip
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run, a folder of seeds, or a root with METHOD/seedN/peerN/train.log "
         "below; LABEL=PATH names it")  # fmt: skip
@@ -39,14 +41,17 @@ def check_metrics(metrics: Sequence[str], methods: Sequence[Method]) -> None:
             raise ReportError(f"--metric must be a field of the valid lines ({choice}), but is {name!r} instead.")
 
 
-def make_report(args: argparse.Namespace, root: Path) -> Report:
-    methods, silent = load_methods(args.runs)
-    check_metrics(args.metric, methods)
-    lines = notes(methods)
-    if silent:
-        lines.append(f"Left out, for nothing is logged yet: {some([os.path.relpath(path, root) for path in silent])}.")
-    table = rows(methods, columns(methods, args.metric), args.per_peer)
-    return Report(args.title or root.name, methods, table, lines)
+def make_report(args: argparse.Namespace, root: Path, found: Found) -> Report:
+    check_metrics(args.metric, found.methods)
+    lines = notes(found.methods)
+    if found.silent:
+        lines.append(f"Left out, for nothing is logged yet: {some([os.path.relpath(path, root) for path in found.silent])}.")
+    if found.broken:
+        names = [os.path.relpath(path, root) for path in found.broken]
+        lines.append(f"WARNING: left out, for it could not be used: {some(names)}.")
+    table = rows(found.methods, columns(found.methods, args.metric), args.per_peer)
+    table = [list(map(printable, row)) for row in table]
+    return Report(printable(args.title or root.name), found.methods, table, list(map(printable, lines)))
 
 
 def write(report: Report, out: Path) -> None:
@@ -55,7 +60,8 @@ def write(report: Report, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "table.md").write_text(report.markdown(), encoding="utf-8")
         numbers = json.dumps(report.results(out), indent=1, ensure_ascii=False, allow_nan=False)
-        (out / "results.json").write_text(numbers + "\n", encoding="utf-8")
+        # A name that is no UTF-8 becomes JSON's own escape, which reads back as that name.
+        (out / "results.json").write_text(numbers + "\n", encoding="utf-8", errors="backslashreplace")
         draw(report, out / "curves.png")
     except OSError as error:
         raise ReportError(f"--out must be a folder that can be written, but {out} is not: {error.strerror}.") from None
@@ -67,22 +73,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         first = split_label(args.runs[0])[1]
         root = first.parent if first.is_file() else first
-        out = Path(os.path.abspath(args.out)) if args.out else root / "report"
-        report = make_report(args, root)
+        out = Path(os.path.abspath(expanded(args.out))) if args.out else root / "report"
+        found = load(args.runs)
+        report = make_report(args, root, found)
         try:
             write(report, out)
         finally:
             show(report)
-        print(f"\nwritten to {out}: table.md, results.json, curves.png", flush=True)
+        print(f"\nwritten to {printable(str(out))}: table.md, results.json, curves.png", flush=True)
         if failure(sys.stdout):
             raise ReportError(f"the report is written to {out}, but not shown: {failure(sys.stdout)}.")
     except ReportError as error:
-        print(f"codistill-report: error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), 2)
     except OSError as error:
-        print(f"codistill-report: error: {error.filename} cannot be read: {error.strerror}.", file=sys.stderr)
-        return 2
-    return 0
+        return fail(f"{error.filename} cannot be read: {error.strerror}.", 2)
+    return max([fail(sentence, 1) for sentence in found.broken.values()], default=0)
+
+
+def fail(sentence: str, status: int) -> int:
+    print(f"codistill-report: error: {printable(sentence)}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

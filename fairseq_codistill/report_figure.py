@@ -6,10 +6,13 @@ import bisect
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .fairseq_log import choosing_metric
 from .report_log import Curve, TrainLog
+from .report_notes import choosing_metrics
 from .report_summary import Method
 from .report_table import Report
 
@@ -29,7 +32,8 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib.lines import Line2D
 
     methods = report.methods
-    panels = [panel for panel in PANELS if any(panel[1](peer.log) for m in methods for _, peer in m.peers())]
+    panels = [(f"valid {metric}", partial(_chosen_by, metric)) for metric in choosing_metrics(methods)] + PANELS
+    panels = [panel for panel in panels if any(panel[1](peer.log) for m in methods for _, peer in m.peers())]
     across = 1 if len(panels) < 3 else 2
     legend_rows = math.ceil(len(methods) / 5)
     figure = Figure(figsize=(12, 5 + 0.25 * legend_rows), dpi=100, layout="constrained")
@@ -38,11 +42,18 @@ def draw(report: Report, path: Path) -> None:
     small = right.subgridspec(max(1, math.ceil(len(panels) / across)), across)
     for number, (name, curve) in enumerate(panels):
         _panel(figure.add_subplot(small[number // across, number % across]), methods, name, curve, size=8)
-    handles = [Line2D([], [], label=method.label, linewidth=2, **look(n)) for n, method in enumerate(methods)]
+    # matplotlib leaves out of a legend what begins with a "_".
+    labels = [" " * method.label.startswith("_") + method.label for method in methods]
+    handles = [Line2D([], [], label=label, linewidth=2, **look(n)) for n, label in enumerate(labels)]
     in_a_row = math.ceil(len(methods) / legend_rows)
-    figure.legend(handles=handles, loc="outside lower center", ncols=in_a_row, frameon=False)
-    figure.suptitle(report.title, fontsize=12)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=in_a_row, frameon=False)
+    for text in (*legend.get_texts(), figure.suptitle(report.title, fontsize=12)):
+        text.set_parse_math(False)  # a name with two dollars is a name
     figure.savefig(path)
+
+
+def _chosen_by(metric: str, log: TrainLog) -> Curve:
+    return log.chosen() if choosing_metric(log.settings) == metric else []
 
 
 def _panel(axes: Any, methods: Sequence[Method], name: str, curve_of: Callable[[TrainLog], Curve], size: int) -> None:

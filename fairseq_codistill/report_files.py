@@ -12,13 +12,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
+from .paths import expanded, printable
 from .report_log import TrainLog
 from .report_notes import some
 from .report_summary import Method, Peer, Run, Score
+
+T = TypeVar("T")
 
 
 class ReportError(ValueError):
@@ -52,36 +56,50 @@ def locate(log: Path) -> Place:
 
 def find_logs(path: Path) -> list[Place]:
     """The logs at or below `path`; beside peer*/train.log a train.log of the run itself is no peer's."""
-    if not path.exists():
-        raise ReportError(f"RUN must be a train.log or a folder with one in or below it, but {path} does not exist.")
     places = [locate(path)] if path.is_file() else [locate(log) for log in sorted(path.rglob("train.log"), key=natural)]
     with_peers = {place.run for place in places if place.peer}
     places = [place for place in places if place.peer or place.run not in with_peers]
     if not places:
         raise ReportError(
-            f"RUN must have a train.log in or below it, but {path} has none; did you forget to train with "
-            "codistill-launch, which writes it?"
+            f"RUN must have a train.log in or below it, as codistill-launch writes it, but {path} has none; name the log "
+            f"itself if plain fairseq-train wrote it: {_example(path)}"
         )
     return places
+
+
+def _example(folder: Path) -> str:
+    """How a log that is no train.log is named, with the one that may be meant."""
+    logs = sorted(log for log in folder.glob("*.log") if log.is_file())
+    return f"{folder.name}={logs[0]}" if logs else "LS=base.log, from fairseq-train --log-format json --log-file base.log"
+
+
+def check_path(path: Path) -> None:
+    if not path.exists():
+        raise ReportError(f"RUN must be a train.log or a folder with one in or below it, but {path} does not exist.")
+    if not (path.is_file() or path.is_dir()):
+        raise ReportError(f"RUN must be a file or a folder, but {path} is a pipe or a device; copy it into a file first.")
 
 
 def split_label(argument: str) -> tuple[str, Path]:
     """LABEL=PATH -> (LABEL, PATH); a path that exists is a path, whatever its name."""
     label, equals, path = argument.partition("=")
     if not equals or os.path.exists(argument):
-        return "", Path(os.path.abspath(argument))
+        return "", Path(os.path.abspath(expanded(argument)))
     if not label.strip() or not path:
         raise ReportError(f"RUN must be PATH or LABEL=PATH, but is {argument!r} instead.")
-    return label.strip(), Path(os.path.abspath(path))
+    return label.strip(), Path(os.path.abspath(expanded(path)))
 
 
-def group(arguments: Sequence[str]) -> dict[str, list[Place]]:
+def group(arguments: Sequence[str], into: Found) -> dict[str, list[Place]]:
     """label -> the logs of that method, in the order of the arguments.
 
     One folder reached by two arguments (METHOD/seed1 METHOD/seed2, or a root and a method in it) is one method. A log
-    that a LABEL= names is not shown a second time under its folder's name.
+    that a LABEL= names is not shown a second time under its folder's name. A folder without a log is told `into`.
     """
-    found = [(label, path, find_logs(path)) for label, path in map(split_label, arguments)]
+    named = [split_label(argument) for argument in arguments]
+    for _, path in named:
+        check_path(path)
+    found = [(label, path, into.read(find_logs, path) or []) for label, path in named]
     labelled = {place.log for label, _, places in found for place in places if label}
     groups: dict[Any, tuple[str, dict[Place, None]]] = {}  # LABEL or method's folder -> name in the table, logs
     for label, path, places in found:
@@ -103,61 +121,108 @@ def _unique(identity: Any, groups: dict[Any, tuple[str, dict[Place, None]]]) -> 
     return os.path.relpath(identity, os.path.commonpath([path.parent.parent for path in namesakes]))
 
 
-def load_methods(arguments: Sequence[str]) -> tuple[list[Method], list[Path]]:
-    """Everything that the RUN arguments name, and the logs that say nothing yet."""
-    found = [load_method(label, places) for label, places in group(arguments).items()]
-    methods = [method for method, _ in found if method.runs]
-    silent = [path for _, paths in found for path in paths]
-    if not methods:
-        raise ReportError(
-            f"RUN must have a train.log with fairseq's JSON lines, but {some(list(map(str, silent)))} has none yet; "
-            "has the training failed, or only just begun?"
-        )
-    return methods, silent
+@dataclass
+class Found:
+    """What the RUN arguments name, and what of it cannot be shown."""
+
+    methods: list[Method] = field(default_factory=list)
+    silent: list[Path] = field(default_factory=list)  # logs that say nothing yet
+    broken: dict[Path, str] = field(default_factory=dict)  # file -> why it cannot be used, in one sentence
+
+    def read(self, reader: Callable[[Path], T], file: Path) -> T | None:
+        """`reader(file)`; where that fails, None: one broken file must not cost the others."""
+        try:
+            return reader(file)
+        except ReportError as error:
+            self.broken[file] = str(error)
+        except OSError as error:
+            self.broken[file] = f"{file} cannot be read: {error.strerror}."
+        return None
+
+    def load(self, label: str, places: Sequence[Place]) -> None:
+        """Add the method whose logs these are."""
+        runs: dict[Path, Run] = {}
+        for place in sorted(places, key=lambda place: natural(place.log)):
+            log = self.read(load_log, place.log)
+            if log is None:
+                self.silent += [place.log] if place.log not in self.broken else []
+                continue
+            folder = place.log.parent if place.log.name == "train.log" else place.run
+            if place.run not in runs:
+                runs[place.run] = Run(printable(place.seed), [], self.scores(place.run, ensemble=True))
+            runs[place.run].peers.append(Peer(place.peer, place.log, log, self.scores(folder)))
+        for folder, run in runs.items():
+            run.name = run.name or (printable(folder.name) if len(runs) > 1 else "")
+        self.methods += [Method(printable(label), list(runs.values()))] if runs else []
+
+    def scores(self, folder: Path, ensemble: bool = False) -> list[Score]:
+        """Every NAME.sacrebleu.json in `folder`, or every ensemble.NAME.sacrebleu.json."""
+        files = sorted(folder.glob("*.sacrebleu.json"), key=natural) if folder.is_dir() else []
+        wanted = [file for file in files if file.name.startswith("ensemble.") == ensemble]
+        return [score for file in wanted for score in self.read(read_scores, file) or ()]
 
 
-def load_method(label: str, places: Sequence[Place]) -> tuple[Method, list[Path]]:
-    """The method, and those of its logs that say nothing yet."""
-    runs: dict[Path, Run] = {}
-    silent = []
-    for place in sorted(places, key=lambda place: natural(place.log)):
-        log = load_log(place.log)
-        if log is None:
-            silent.append(place.log)
-            continue
-        folder = place.log.parent if place.log.name == "train.log" else place.run
-        run = runs.setdefault(place.run, Run(place.seed, [], read_scores(place.run, ensemble=True)))
-        run.peers.append(Peer(place.peer, place.log, log, read_scores(folder)))
-    for folder, run in runs.items():
-        run.name = run.name or (folder.name if len(runs) > 1 else "")
-    return Method(label, list(runs.values())), silent
+def load(arguments: Sequence[str]) -> Found:
+    """Everything that the RUN arguments name. Raises ReportError if none of it can be shown."""
+    found = Found()
+    groups = group(arguments, found)
+    for label, places in groups.items():
+        found.load(label, places)
+    if found.methods:
+        return found
+    if found.broken:
+        first, *others = found.broken.values()
+        raise ReportError(f"{first} (And {len(others)} more such.)" if others else first)
+    raise ReportError(
+        f"RUN must have a train.log with fairseq's JSON lines, but {some(list(map(str, found.silent)))} has none yet; "
+        "has the training failed, or only just begun?"
+    )
+
+
+def open_regular(file: Path, mode: str = "r") -> IO[Any]:
+    """The open file; ReportError for what is none, such as a pipe, whose reader would wait for ever."""
+    if file.exists() and not file.is_file():
+        raise ReportError(f"{file} must be a file, but is {'a folder' if file.is_dir() else 'a pipe or a device'}.")
+    return open(file, mode, encoding=None if "b" in mode else "utf-8", errors=None if "b" in mode else "replace")
 
 
 def load_log(file: Path) -> TrainLog | None:
     """None for a log that says nothing yet: its process has just started, or died before its first line."""
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        log = TrainLog.read(lines)
+    with open_regular(file) as lines:
+        # What is no text may have no ends of lines.
+        log = TrainLog.read(iter(lambda: lines.readline(1_000_000), ""))
     if any(log.records.values()):
         return log
-    if log.blank or log.settings.get("log_format") == "json":
+    is_json = log.settings.get("log_format") == "json"
+    if not log.last_line or (is_json and not log.failed):
         return None
-    raise ReportError(f"{file} must hold fairseq's JSON lines, but has none; did you forget --log-format json?")
+    raise ReportError(_why_no_records(file, log))
 
 
-def read_scores(folder: Path, ensemble: bool = False) -> list[Score]:
-    """Every NAME.sacrebleu.json in `folder`, or every ensemble.NAME.sacrebleu.json."""
-    files = sorted(folder.glob("*.sacrebleu.json"), key=natural) if folder.is_dir() else []
-    return [score for file in files if file.name.startswith("ensemble.") == ensemble for score in _scores_in(file)]
+def _why_no_records(file: Path, log: TrainLog) -> str:
+    with open_regular(file, "rb") as start:
+        is_text = b"\0" not in start.read(4096)
+    last = printable(log.last_line[:300])
+    if not is_text:
+        return f"{file} must hold fairseq's JSON lines, but is no text; is it compressed?"
+    if log.failed:
+        return f"{file} has nothing to show, for the training failed before its first loss: {last}"
+    told = "" if log.settings else f" Its last line: {last}"  # the log of something else, or of a start that failed
+    return f"{file} must hold fairseq's JSON lines, but has none; did you forget --log-format json?{told}"
 
 
-def _scores_in(file: Path) -> list[Score]:
+def read_scores(file: Path) -> list[Score]:
+    """What the sacrebleu command has written."""
     test = file.name[: -len(".sacrebleu.json")]
     test = test[len("ensemble.") :] if test.startswith("ensemble.") else test
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file) as text:
+            loaded = json.load(text)
         entries = loaded if isinstance(loaded, list) else [loaded]  # sacrebleu -m bleu chrf prints a list
         return [Score(test, str(e["name"]), float(e["score"]), str(e["signature"]), file) for e in entries]
-    except (ValueError, TypeError, KeyError) as error:
+    except ReportError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ReportError(
             f"{file} must hold the JSON that sacrebleu prints (name, score, signature), but does not "
             f"({type(error).__name__}: {error}); was the scoring interrupted?"

@@ -27,7 +27,8 @@ class TrainLog:
     records: dict[str, dict[int, Values]] = field(default_factory=lambda: defaultdict(dict))
     update: int = 0  # of the newest record
     finished: bool = False
-    blank: bool = True  # not one word
+    last_line: str = field(default="", compare=False)  # that is not blank
+    failed: bool = False  # the newest process has shown a traceback
     exchange: Values = field(default_factory=dict)  # totals of the exchange, added up over all processes that ended
     _earlier_seconds: float = 0.0
     _wall: float = 0.0
@@ -40,7 +41,7 @@ class TrainLog:
         return log
 
     def _feed(self, line: str) -> None:
-        self.blank = self.blank and not line.strip()
+        self.last_line = line.strip()[:1000] or self.last_line
         for record in fairseq_log.parse_records(line):
             self._add(record)
         for name, value in fairseq_log.parse_exchange(line).items():
@@ -48,7 +49,7 @@ class TrainLog:
         settings = fairseq_log.parse_settings(line)
         loaded = _LOADED.search(line)
         if settings:  # a process starts
-            self.settings, self.finished = settings, False
+            self.settings, self.finished, self.failed = settings, False, False
             self._bank()
         elif loaded:
             self._forget(int(loaded[1]) + 1)
@@ -57,6 +58,8 @@ class TrainLog:
             self._earlier_seconds = 0.0
         elif "done training in" in line:
             self.finished = True
+        elif "Traceback (most recent call last)" in line:
+            self.failed = True
 
     def _add(self, record: Record) -> None:
         if record.update < self.update:  # a restart whose first lines are missing
@@ -107,6 +110,11 @@ class TrainLog:
 
     def valid_nll(self) -> Curve:
         return _nll_curve(self.valid_records())
+
+    def chosen(self) -> Curve:
+        """The field of the valid lines that chooses checkpoint_best.pt, such as bleu; [] where that is the NLL."""
+        metric = fairseq_log.choosing_metric(self.settings)
+        return [(update, fields[metric]) for update, fields in self.valid_records() if metric in fields]
 
     def train_nll(self) -> Curve:
         return _nll_curve(self.train_records())

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from .fairseq_log import as_float
+from .fairseq_log import as_float, choosing_metric
 from .report_log import TrainLog
 from .report_summary import Method
 
@@ -31,6 +31,7 @@ def notes(methods: Sequence[Method]) -> list[str]:
             "† fairseq's R-Drop criterion runs every batch twice, in validation too, so its log holds twice the true "
             "NLL: halved here."
         )
+    lines += [_chosen_by(metric, names) for metric, names in choosing_metrics(methods).items()]
     lines += _dropped_sentences([peer.log for _, peer in peers])
     lines += _signatures(methods)
     lines += [line for method in methods for line in _missing_scores(method)]
@@ -42,6 +43,22 @@ def notes(methods: Sequence[Method]) -> list[str]:
     if diverged:
         lines.append(f"WARNING: some validation losses are not finite, and never count as best: {some(diverged)}.")
     return lines
+
+
+def choosing_metrics(methods: Sequence[Method]) -> dict[str, list[str]]:
+    """What other than an NLL chooses checkpoint_best.pt -> the methods whose it is."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for method in methods:
+        for metric in sorted({choosing_metric(peer.log.settings) for _, peer in method.peers()} - {""}):
+            found[metric].append(method.label)
+    return found
+
+
+def _chosen_by(metric: str, labels: Sequence[str]) -> str:
+    return (
+        f"{metric} chooses checkpoint_best.pt of {some(labels)} (--best-checkpoint-metric): that is the model at the update "
+        f"of the best {metric}, not of the best NLL."
+    )
 
 
 def some(names: Sequence[str], limit: int = 6) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from . import fairseq_log
 from .fairseq_log import Values
 from .report_log import TrainLog
 
@@ -52,7 +53,18 @@ class Peer:
             best, at = min(finite)  # of equal NLLs the earliest
             values.update(best_valid_nll=best, ppl=perplexity(best), at_update=at)
             values.update({f"valid {name}": value for name, value in dict(log.valid_records())[at].items()})
-        return {**values, **{score.key: score.value for score in self.scores}}
+        return {**values, **self._chosen(), **{score.key: score.value for score in self.scores}}
+
+    def _chosen(self) -> Values:
+        """The best of what chooses checkpoint_best.pt, and its update, where that is no NLL."""
+        settings = self.log.settings
+        sign = 1 if fairseq_log.is_maximised(settings) else -1
+        curve = [(sign * value, update) for update, value in self.log.chosen() if math.isfinite(value)]
+        if not curve:
+            return {}
+        best, at = max(curve)  # of equal ones the latest, which fairseq saves over the earlier
+        metric = fairseq_log.choosing_metric(settings)
+        return {f"best_valid_{metric}": sign * best, f"at_update_of_{metric}": at}
 
 
 @dataclass
@@ -65,7 +77,7 @@ class Run:
 
     def values(self) -> Values:
         """The mean over the peers, and the ensemble's scores."""
-        values = {key: statistics.fmean(found) for key, found in gather(peer.values() for peer in self.peers).items()}
+        values = {key: mean(found) for key, found in gather(peer.values() for peer in self.peers).items()}
         return {**values, **{f"{score.key} of the ensemble": score.value for score in self.ensemble}}
 
     def best_peer(self) -> Peer:
@@ -95,6 +107,11 @@ class Stat(NamedTuple):
     n: int
 
 
+def mean(values: Sequence[float]) -> float:
+    """Also of ∞ and −∞, which `fmean` refuses to add."""
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
+
+
 def perplexity(bits: float) -> float:
     """2 to the NLL. fairseq's own `ppl` is squared wherever its NLL is doubled."""
     return 2.0**bits if bits < 1000 else math.inf
@@ -113,7 +130,7 @@ def spread(values: Sequence[float]) -> Stat:
     """Mean and sample standard deviation (n − 1)."""
     finite = all(map(math.isfinite, values))  # statistics.stdev refuses the others
     std = (statistics.stdev(values) if finite else math.nan) if len(values) > 1 else None
-    return Stat(statistics.fmean(values), std, len(values))
+    return Stat(mean(values), std, len(values))
 
 
 def summarise(seeds: Iterable[Values]) -> dict[str, Stat]:

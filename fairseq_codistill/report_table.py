@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .fairseq_log import Values
-from .report_notes import SPREAD, UNITS
+from .report_notes import SPREAD, UNITS, choosing_metrics
 from .report_summary import Method, Run, Score, Stat, summarise
 
 
@@ -47,6 +47,10 @@ def columns(methods: Sequence[Method], metrics: Sequence[str] = ()) -> list[Colu
         Column("ppl", "ppl", 2),
         Column("at_update", "at update", 0),
         Column("last_valid_nll", "last valid NLL", 3),
+        *(column for metric in choosing_metrics(methods) for column in (
+            Column(f"best_valid_{metric}", f"best valid {metric}", 3),
+            Column(f"at_update_of_{metric}", f"at update of {metric}", 0),
+        )),  # fmt: skip
         Column("updates", "updates", 0),
         *(Column(f"valid {name}", f"valid {name} at best", 3) for name in metrics),
     ]

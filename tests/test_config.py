@@ -23,6 +23,16 @@ def no_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+def test_a_leading_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = read_environment(config(dir="~/x", teacher="~/a.pt:b~.pt:~/c.pt", topology="~/edges"))
+    assert cfg.codistill_dir == f"{tmp_path}/x" and cfg.codistill_topology == f"{tmp_path}/edges"
+    assert cfg.codistill_teacher == f"{tmp_path}/a.pt:b~.pt:{tmp_path}/c.pt"
+    monkeypatch.setenv("CODISTILL_DIR", "~/from the environment")
+    assert read_environment(config()).codistill_dir == f"{tmp_path}/from the environment"
+    assert read_environment(config(dir="s3://bucket/~x")).codistill_dir == "s3://bucket/~x"
+
+
 BAD = [
     (dict(peer=2, peers=2, dir="x"), "codistill_peer must be between 0 and 1 with 2 peers, but is 2 instead."),
     (dict(peer=-1, peers=2, dir="x"), "codistill_peer must be between 0 and 1 with 2 peers, but is -1 instead."),

@@ -1,5 +1,6 @@
 """The image task in real trainings on scikit-learn's digits: alone, as a pair of peers, resumed, validated, predicting."""
 
+import os
 import re
 
 import pytest
@@ -342,9 +343,30 @@ def test_predictions_skip_what_cannot_be_read_only_if_asked(digits, pair, tmp_pa
     assert len((tmp_path / "p.tsv").read_text().splitlines()) == 1 and "top-1" not in printed
 
 
+def test_predictions_keep_names_that_are_no_text(digits, pair, tmp_path, capsys, monkeypatch, caplog):
+    """A Latin-1 name, a tab and a line feed: after hours of work on other images, each is but a name."""
+    image, home = (digits / "test/3/150.png").read_bytes(), tmp_path / os.fsdecode(b"f\xe9")
+    home.mkdir()
+    for name in (b"caf\xe9.png", b"a\tb\nc.png"):
+        (home / os.fsdecode(name)).write_bytes(image)
+    (home / os.fsdecode(b"\xe9 broken.png")).write_text("no image")
+    monkeypatch.setenv("HOME", str(home))
+    words = ["--cpu", "--path", pair[0] / "peer0/checkpoint_last.pt", "--out=~/p.tsv", "~/", "--skip-unreadable-images"]
+    with caplog.at_level("DEBUG", logger=""):
+        printed = predict(capsys, *words).out
+    lines = (home / "p.tsv").read_bytes().split(b"\n")[:-1]
+    assert [line.split(b"\t")[0].replace(os.fsencode(home), b"~") for line in lines] == [rb"~/a\tb\nc.png", b"~/caf\xe9.png"]
+    assert "f\\xe9/p.tsv" in printed
+    told = [record.getMessage() for record in caplog.records]
+    assert len([text for text in told if "left out" in text and "\\xe9 broken.png" in text and text.isprintable()]) == 1
+    assert not [record for record in caplog.records if record.name.startswith("PIL")]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"--out": "/nowhere/p.tsv"}, "--out must be the file to write, but /nowhere/p.tsv lies in no folder."),
+        ({"--out": "/"}, "--out must be the file to write, but / is a folder."),
         ({"--path": "none.pt"}, "--path must be checkpoints a.pt:b.pt, but there is no file none.pt"),
         ({"images": "nowhere"}, "there is no nowhere"),
         ({"--top": "0"}, "--top must be at least 1, but is 0"),

@@ -319,7 +319,7 @@ def test_fairseq_understands_every_option(recipe, method, monkeypatch):
     assert (args.seed, args.required_batch_size_multiple, args.cpu, args.log_format) == (3, 1, False, "json")
     assert args.save_interval_updates == args.validate_interval_updates
     is_smoothed = method in ("all_reduce", "rdrop", "rdrop_all_reduce")
-    assert getattr(args, "label_smoothing", 0) == (0.1 if is_smoothed else 0)
+    assert (getattr(args, "label_smoothing", None) or 0) == (0.1 if is_smoothed else 0)
     assert args.best_checkpoint_metric == ("nll_loss" if is_smoothed else "loss")
     distance, alpha, schedule, interval, lockstep, share, workers = CODISTILLATION[recipe]
     # The same updates and workers for both methods: two GPUs are two peers, or one group of both.
@@ -333,6 +333,62 @@ def test_fairseq_understands_every_option(recipe, method, monkeypatch):
         assert (args.codistill_sync, args.codistill_gamma) == (lockstep, 1.1)
     else:
         assert args.save_dir == f"runs/{method}/seed3" and "codistill" not in args.criterion
+
+
+EVALUATED = [
+    ("bpe", "moses", "de", "@@ "), ("sentencepiece", "none", "en", "sentencepiece"), (None, None, "en", "sentencepiece"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("subwords, tokenizer, target, removed", EVALUATED)
+@pytest.mark.parametrize("recipe, method", [("iwslt14_de_en", "codistill"), ("wmt16_en_de", "all_reduce")])
+def test_bleu_may_choose_the_checkpoint(recipe, method, subwords, tokenizer, target, removed, tmp_path, monkeypatch):
+    """As in fairseq's own recipe, with the pieces and tokens of the data at hand; and nothing else changes."""
+    from fairseq import options
+
+    if subwords:
+        (tmp_path / "manifest.json").write_text(json.dumps({"subwords": subwords, "tokenizer": tokenizer}, indent=1))
+    common = dict(METHOD=method, DATA=tmp_path, TARGET=target, SOURCE="fr", LENPEN="0.6", BEAM=4)
+    plain, words = dry_run(recipe, **common), dry_run(recipe, **common, EVAL_BLEU=1)
+    assert not any("--eval" in word for word in plain) and "--maximize-best-checkpoint-metric" not in plain
+    words = words[words.index("fairseq-train") + 1 :]
+    monkeypatch.setattr(sys, "argv", ["fairseq-train", *words])
+    args = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
+    assert (args.eval_bleu, args.best_checkpoint_metric, args.maximize_best_checkpoint_metric) == (True, "bleu", True)
+    assert json.loads(args.eval_bleu_args) == {"beam": 4, "lenpen": 0.6, "max_len_a": 1.2, "max_len_b": 10}
+    assert args.eval_bleu_remove_bpe == removed
+    told = (args.eval_bleu_detok, json.loads(args.eval_bleu_detok_args))
+    assert told == (("moses", {"target_lang": target}) if tokenizer == "moses" else ("space", {}))
+    first = words.index("--eval-bleu")
+    last = words.index("--maximize-best-checkpoint-metric")
+    rest = words[:first] + words[last + 1 :]
+    metric = rest.index("--best-checkpoint-metric") + 1
+    before = plain[plain.index("fairseq-train") + 1 :]
+    assert rest[:metric] + rest[metric + 1 :] == before[:metric] + before[metric + 1 :]
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for recipe in ("demo", "digits"):
+        words = dry_run(recipe, DATA="~/data", OUT="~/a b")
+        assert words[words.index("fairseq-train") + 1].startswith(f"{tmp_path}/data")
+        assert words[words.index("--save-dir") + 1].startswith(f"{tmp_path}/a b/")
+    args = sweep._parser().parse_args(["--recipe", "~", "--data", "~/x", "--out=~/y"])
+    assert (args.recipe, args.data, args.out) == (tmp_path, tmp_path / "x", tmp_path / "y")
+    no_average = [sys.executable, RECIPES / "translation/average.py", "~/nowhere"]
+    assert f"that {tmp_path}/nowhere has" in subprocess.run(no_average, capture_output=True, text=True).stderr
+    assert f"{tmp_path}/nowhere must be a run" in script("evaluate.sh", "~/nowhere", DATA=data_of(tmp_path)).stderr
+    taken_as_they_are = [file.name for file in RECIPES.rglob("*.py") if "type=Path" in file.read_text(encoding="utf-8")]
+    assert not taken_as_they_are
+
+
+def data_of(home: Path) -> str:
+    (home / "data/bin").mkdir(parents=True)
+    (home / "data/raw").mkdir()
+    (home / "data/bin/dict.de.txt").write_text("")
+    for name in ("val", "test_2016_flickr", "test_2017_flickr", "test_2017_mscoco"):
+        (home / f"data/raw/{name}.de").write_text("")
+    return "~/data"
 
 
 def test_every_recipe_is_tested_and_has_what_a_recipe_has():
@@ -427,6 +483,10 @@ def test_before_training_the_cost_is_told():
         ("multi30k_en_de", dict(SEED="-1"), ["SEED", "-1"]),
         ("wmt16_en_de", dict(UPDATES="many"), ["UPDATES", "many"]),
         ("wmt16_en_de", dict(PEERS=3), ["WORKERS", "multiple of PEERS=3", "128"]),
+        ("iwslt14_de_en", dict(EVAL_BLEU="yes"), ["EVAL_BLEU must be 0 or 1, but is yes"]),
+        ("iwslt14_de_en", dict(EVAL_BLEU=1, BEAM="wide"), ["BEAM must be a whole number of at least 1, but is wide"]),
+        ("iwslt14_de_en", dict(EVAL_BLEU=1, SUBWORDS="words"), ["SUBWORDS must be bpe or sentencepiece, but is words"]),
+        ("iwslt14_de_en", dict(EVAL_BLEU=1, TOKENIZER="mecab"), ["TOKENIZER must be moses or none, but is mecab"]),
         ("wmt16_en_de", dict(PRECISION="fp8"), ["PRECISION", "fp16 or fp32", "fp8"]),
         ("wmt16_en_de", dict(CPU=0, GPUS=0), ["PRECISION=fp16 needs a GPU", "CPU=1"]),
         ("wmt16_en_de", dict(CPU=0, GPUS=6), ["GPUS_PER_PEER must divide", "1, 2, 4, 8, 16, 32, 64", "is 3", "6 GPUs"]),

@@ -84,7 +84,7 @@ def write_score(file, score, signature=SIGNATURE, name="BLEU"):
 
 def summary(*arguments):
     """label -> column -> (mean, std, n)"""
-    methods, _ = report_files.load_methods(list(map(str, arguments)))
+    methods = report_files.load(list(map(str, arguments))).methods
     return {method.label: report_summary.summarise(run.values() for run in method.runs) for method in methods}
 
 
@@ -153,7 +153,7 @@ def test_markdown_table():
 
 
 def test_rows_of_peers(root):
-    methods, _ = report_files.load_methods([str(root / "codist")])
+    methods = report_files.load([str(root / "codist")]).methods
     shown = [column for column in report_table.columns(methods) if column.key in ("best_valid_nll", "test BLEU")]
     assert report_table.rows(methods, shown, per_peer=True) == [
         ["method", "seeds", "peers", "best valid NLL", "test BLEU"],
@@ -168,7 +168,7 @@ def test_a_seed_that_has_no_score_yet_is_counted(root):
     for file in (root / "codist/seed2").glob("*/test.sacrebleu.json"):
         file.unlink()
     (root / "codist/seed1/peer1/test.sacrebleu.json").unlink()
-    methods, _ = report_files.load_methods([str(root / "codist")])
+    methods = report_files.load([str(root / "codist")]).methods
     table = report_table.rows(methods, report_table.columns(methods))
     assert dict(zip(*table))["test BLEU"] == "30.00 (1 of 2)"
     missing = "codist seed1 peer1, codist seed2 peer0, codist seed2 peer1"
@@ -366,7 +366,7 @@ def test_losses_that_are_not_finite_never_count_as_best(tmp_path, capsys, no_fig
 
 def labels(*arguments):
     """label -> number of peers in each run"""
-    methods, _ = report_files.load_methods(list(map(str, arguments)))
+    methods = report_files.load(list(map(str, arguments))).methods
     return {method.label: [len(run.peers) for run in method.runs] for method in methods}
 
 
@@ -387,7 +387,7 @@ def test_labels(root):
     assert labels(f"x={root}") == {"x/alone": [1], "x/codist": [2, 2]}
     shutil.copytree(root / "alone", root / "a=b")
     assert labels(root / "a=b") == {"a=b": [1]}
-    methods, _ = report_files.load_methods([f"x={root / 'alone'}", f"x={root / 'codist/seed1'}"])
+    methods = report_files.load([f"x={root / 'alone'}", f"x={root / 'codist/seed1'}"]).methods
     assert [words for words, _ in methods[0].peers()] == ["x alone peer0", "x seed1 peer0", "x seed1 peer1"]
 
 
@@ -409,7 +409,7 @@ def test_two_folders_of_one_name_are_two_methods(root, tmp_path):
 def test_peers_in_their_order_and_a_log_of_the_run_itself(tmp_path):
     make_run(tmp_path / "a", [[5.0 - n / 100] for n in range(11)])
     (tmp_path / "a/train.log").write_text(log_text([1.0]))
-    methods, _ = report_files.load_methods([str(tmp_path / "a")])
+    methods = report_files.load([str(tmp_path / "a")]).methods
     assert [peer.name for peer in methods[0].runs[0].peers] == [f"peer{n}" for n in range(11)]
     shutil.rmtree(tmp_path / "a/peer0")
     assert labels(tmp_path / "a") == {"a": [10]}
@@ -429,7 +429,7 @@ def test_logs_under_names_of_their_own(root, tmp_path):
 def test_a_list_of_metrics_and_several_test_sets(root):
     entries = [{"name": name, "score": score, "signature": name} for name, score in (("BLEU", 40), ("chrF2", 60))]
     (root / "alone/peer0/flickr2017.sacrebleu.json").write_text(json.dumps(entries))
-    methods, _ = report_files.load_methods([str(root / "alone")])
+    methods = report_files.load([str(root / "alone")]).methods
     assert [column.heading for column in report_table.columns(methods)][-4:-1] == [
         *("flickr2017 BLEU", "flickr2017 chrF2", "test BLEU")
     ]
@@ -484,7 +484,7 @@ def test_out_and_a_second_report_of_the_same_root(root, tmp_path, capsys, no_fig
 def test_figure_of_real_logs(tmp_path):
     from matplotlib.image import imread
 
-    methods, _ = report_files.load_methods([str(REAL / name) for name in ("ce", "ls", "rdrop", "codist", "resumed")])
+    methods = report_files.load([str(REAL / name) for name in ("ce", "ls", "rdrop", "codist", "resumed")]).methods
     report_figure.draw(report_table.Report("Five criteria", methods, [], []), tmp_path / "all.png")
     report_figure.draw(report_table.Report("No peers", methods[:1], [], []), tmp_path / "one.png")
     both, alone = imread(tmp_path / "all.png"), imread(tmp_path / "one.png")
@@ -515,7 +515,7 @@ def test_focus_leaves_the_fall_from_log2_v_out():
 def test_nll_axis_is_focused():
     from matplotlib.figure import Figure
 
-    methods, _ = report_files.load_methods([str(REAL / "ls")])
+    methods = report_files.load([str(REAL / "ls")]).methods
     axes = Figure().add_subplot()
     report_figure._panel(axes, methods, "valid NLL (bits per token)", report_log.TrainLog.valid_nll, size=10)
     assert axes.get_ylim() == pytest.approx(report_figure.focus([methods[0].runs[0].peers[0].log.valid_nll()]))
@@ -541,7 +541,7 @@ class Terminal:
 
 @pytest.mark.parametrize("width, term", [(20, "xterm"), (60, "xterm"), (120, "xterm"), (300, "xterm"), (80, "dumb")])
 def test_no_terminal_cuts_a_number(root, monkeypatch, width, term):
-    methods, _ = report_files.load_methods([f"[i]a={root / 'alone'}", str(root)])
+    methods = report_files.load([f"[i]a={root / 'alone'}", str(root)]).methods
     table = report_table.rows(methods, report_table.columns(methods), per_peer=True)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -594,6 +594,68 @@ def test_dropped_validation_sentences_are_told(capsys, tmp_path, no_figure):
     assert "out of validation" not in run_main(capsys, tmp_path)[1]
 
 
+def chosen_by(metric, values, maximise=True):
+    """The log of a run whose --best-checkpoint-metric is `metric`, validated every 100 updates, NLL rising."""
+    told = f"'best_checkpoint_metric': '{metric}', 'maximize_best_checkpoint_metric': {maximise}, 'seed'"
+    lines = [json_line("valid", 100 * n, loss=3 + n, **{metric: value}) for n, value in enumerate(values, start=1)]
+    return config_line().replace("'seed'", told) + FRESH + "".join(lines) + DONE
+
+
+def test_what_chooses_the_checkpoint_has_columns_and_a_curve(tmp_path, capsys, monkeypatch):
+    panels = []
+    monkeypatch.setattr(report_figure, "_panel", lambda axes, methods, name, curve_of, size: panels.append(name))
+    for name, text in {
+        "bleu": chosen_by("bleu", [10, "nan", 31.5, 31.5, 20]),
+        "error": chosen_by("wer", [9, 7, 8], maximise=False),
+        "nll": chosen_by("loss", []) + json_line("valid", 100, loss=4, bleu=99),
+    }.items():
+        (tmp_path / f"runs/{name}").mkdir(parents=True)
+        (tmp_path / f"runs/{name}/train.log").write_text(text)
+    status, out, _ = run_main(capsys, tmp_path / "runs")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    named = {row[0]: dict(zip(table[0], row)) for row in table[2:]}
+    assert status == 0 and {row["best valid NLL"] for row in named.values()} == {"4.000"}
+    # Of equal values fairseq keeps the latest.
+    assert (named["bleu"]["best valid bleu"], named["bleu"]["at update of bleu"]) == ("31.500", "400")
+    assert (named["error"]["best valid wer"], named["error"]["at update of wer"]) == ("7.000", "200")
+    assert named["nll"]["best valid bleu"] == named["nll"]["best valid wer"] == "–"
+    assert "bleu chooses checkpoint_best.pt of bleu (--best-checkpoint-metric)" in out
+    assert panels == ["valid NLL (bits per token)", "valid bleu", "valid wer"]
+
+
+def test_names_that_are_no_text(root, capsys):
+    """Latin-1, line feeds, escape sequences, dollars and a first "_" in names of folders and in what sacreBLEU printed."""
+    names = [os.fsdecode(b"caf\xe9"), "two\nlines \x1b[31m", "$_a$ $", "_hidden"]
+    for name in names:
+        make_run(root / name, [[4.0]], bleu=[30], signature="nrefs:1\n\x1b[0m")
+    (root / names[0] / "peer1").mkdir()
+    (root / names[0] / "peer1/train.log").write_text("")
+    status, out, error = run_main(capsys, root)
+    assert status == 0 and not error and "\x1b" not in out
+    shown = (root / "report/table.md").read_text(encoding="utf-8")
+    for text in (out, shown):
+        assert "| caf\\xe9 " in text and "| two\\nlines \\x1b[31m " in text
+        assert "Left out, for nothing is logged yet: caf\\xe9" in text
+    logs = [m["runs"][0]["peers"][0]["log"] for m in json.loads((root / "report/results.json").read_text())["methods"]]
+    assert f"../{names[0]}/peer0/train.log" in logs
+    (root / names[0] / "peer0/train.log").write_text("broken")
+    assert "caf\\xe9/peer0/train.log must hold" in run_main(capsys, root)[2]
+
+
+def test_a_leading_tilde_is_the_home_folder(root, tmp_path, capsys, monkeypatch, no_figure):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status, out, error = run_main(capsys, "x=~/runs/alone", "~/runs/codist", "--out=~/out")
+    assert (status, error) == (0, "") and "| x" in out and (tmp_path / "out/table.md").exists()
+
+
+def test_infinities_of_both_signs_have_a_mean(tmp_path, capsys, no_figure):
+    (tmp_path / "a").mkdir()
+    for peer, value in (("peer0", "inf"), ("peer1", "-inf")):
+        (tmp_path / "a" / peer).mkdir()
+        (tmp_path / "a" / peer / "train.log").write_text(config_line() + json_line("valid", 100, loss=4, score=value))
+    assert run_main(capsys, tmp_path / "a", "--metric", "score")[0] == 0
+
+
 # --- bad input ---
 
 
@@ -619,20 +681,38 @@ def silent_log(text):
     return make
 
 
+def other_log(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/base.log").write_text(log_text([4.0]))
+    return tmp_path / "a"
+
+
+def named_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+TRACEBACK = "Traceback (most recent call last):\n  File x, line 1\nValueError: no good\n"
 BAD = {
     "no path": (lambda tmp_path: tmp_path / "nowhere", "nowhere does not exist"),
     "no path behind a label": (lambda tmp_path: f"x={tmp_path / 'nowhere'}", "nowhere does not exist"),
     "label only": (lambda tmp_path: "x=", "RUN must be PATH or LABEL=PATH, but is 'x=' instead"),
     "no label": (lambda tmp_path: f"={tmp_path}", "RUN must be PATH or LABEL=PATH"),
-    "no log": (empty_folder, "must have a train.log in or below it"),
+    "no log": (empty_folder, "must have a train.log in or below it, as codistill-launch writes it, but"),
+    "no log, and what to do": (empty_folder, "plain fairseq-train wrote it: LS=base.log, from fairseq-train --log-format json"),
+    "a log of its own name": (other_log, "a has none; name the log itself if plain fairseq-train wrote it: a="),
     "simple format": (lambda tmp_path: REAL / "simple", "did you forget --log-format json?"),
-    "no log of fairseq's": (silent_log("hello\n"), "did you forget --log-format json?"),
+    "no log of fairseq's": (silent_log("hello\n"), "did you forget --log-format json? Its last line: hello"),
+    "failed at once": (silent_log(config_line() + TRACEBACK), "failed before its first loss: ValueError: no good"),
+    "no text": (silent_log("\0\x01" * 3_000_000), "train.log must hold fairseq's JSON lines, but is no text"),
+    "a folder": (lambda tmp_path: (tmp_path / "train.log").mkdir() or tmp_path, "train.log must be a file, but is a folder"),
+    "a pipe": (lambda tmp_path: os.mkfifo(tmp_path / "train.log") or tmp_path, "train.log must be a file, but is a pipe"),
+    "a named pipe": (named_pipe, "RUN must be a file or a folder, but"),
+    "a link to nothing": (
+        lambda tmp_path: (tmp_path / "train.log").symlink_to("gone") or tmp_path, "has none; name the log itself",
+    ),
     "only begun": (silent_log(config_line()), "has none yet; has the training failed, or only just begun?"),
     "empty": (silent_log(" \n"), "has none yet; has the training failed, or only just begun?"),
-    "score torn": (bad_score('{"name": "BLEU", "sco'), "a/peer0/test.sacrebleu.json must hold the JSON"),
-    "score a text": (bad_score('{"name": "BLEU", "score": "high", "signature": "x"}'), "was the scoring interrupted?"),
-    "score missing": (bad_score('{"name": "BLEU"}'), "KeyError: 'score'"),
-    "score a number": (bad_score("27.3"), "must hold the JSON that sacrebleu prints"),
 }
 
 
@@ -642,6 +722,35 @@ def test_bad_input_is_one_clear_sentence(make, sentence, tmp_path, capsys):
     assert status == 2 and not out
     assert sentence in error and error.startswith("codistill-report: error: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ('{"name": "BLEU", "sco', "a/peer0/test.sacrebleu.json must hold the JSON"),
+        ('{"name": "BLEU", "score": "high", "signature": "x"}', "was the scoring interrupted?"),
+        ('{"name": "BLEU"}', "KeyError: 'score'"),
+        ("27.3", "must hold the JSON that sacrebleu prints"),
+    ],
+)
+def test_a_score_that_cannot_be_read_costs_no_other_number(text, sentence, tmp_path, capsys, no_figure):
+    make_run(tmp_path / "a", [[4.0], [5.0]], bleu=[30, 31])
+    (tmp_path / "a/peer0/test.sacrebleu.json").write_text(text)
+    status, out, error = run_main(capsys, tmp_path / "a")
+    assert status == 1 and sentence in error and error.count("\n") == 1
+    assert "4.500" in out and "31.00" in out and "could not be used: peer0/test.sacrebleu.json." in out
+
+
+def test_a_broken_run_costs_no_other_run(root, capsys, no_figure):
+    make_run(root / "failed", [[4.0]])
+    (root / "failed/peer0/train.log").write_text("fairseq-train: error: unrecognized arguments: --nonsense\n")
+    os.mkfifo(root / "codist/seed2/peer1/test_2.sacrebleu.json")
+    status, out, error = run_main(capsys, root)
+    assert status == 1 and "3.900 ± 0.283" in out and "| alone" in out and "| failed" not in out
+    assert "failed/peer0/train.log must hold fairseq's JSON lines" in error and "unrecognized arguments: --nonsense" in error
+    assert "test_2.sacrebleu.json must be a file, but is a pipe" in error and error.count("\n") == 2
+    left_out = "WARNING: left out, for it could not be used: codist/seed2/peer1/test_2.sacrebleu.json, failed/peer0/train.log."
+    assert left_out in out and left_out in (root / "report/table.md").read_text()
 
 
 def test_out_that_cannot_be_written(root, tmp_path, capsys):

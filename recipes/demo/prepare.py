@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data_prep"))
 
 import grammar_corpus
 import parallel_text
+from options import user_path
 
 LANGUAGES = ("en", "de")
 SPLITS = ("train", "valid", "test")
@@ -33,7 +34,7 @@ def build(folder: Path, sizes: dict[str, int], vocab: int, seed: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=user_path, required=True)
     parser.add_argument("--train-pairs", type=grammar_corpus.positive, default=6000)
     parser.add_argument("--test-pairs", type=grammar_corpus.positive, default=500)
     parser.add_argument("--vocab", type=grammar_corpus.positive, default=1500)

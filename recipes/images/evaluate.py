@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
 import torch  # noqa: E402
+from paths import user_path  # noqa: E402
 
 from fairseq_codistill.image_folder import find_images, split_folder  # noqa: E402
 from fairseq_codistill.image_predict import load, predict  # noqa: E402
@@ -54,8 +55,8 @@ def evaluate(run: Path, data: Path, split: str, device: str) -> Dict[str, Dict[s
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("run", type=user_path)
+    parser.add_argument("--data", type=user_path, required=True)
     parser.add_argument("--split", default="test")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from image_sweep import TRAIN, Run, read_runs  # noqa: E402
+from image_sweep import TRAIN, Run, read_runs, user_path  # noqa: E402
 
 from fairseq_codistill.fairseq_log import nll  # noqa: E402
 from fairseq_codistill.report_log import TrainLog  # noqa: E402
@@ -236,8 +236,8 @@ def figures(found: Dict[str, Result], folder: Path) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path, help="folder with runs.txt")
-    parser.add_argument("--results", type=Path, help="default: RECIPE/results")
+    parser.add_argument("recipe", type=user_path, help="folder with runs.txt")
+    parser.add_argument("--results", type=user_path, help="default: RECIPE/results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args(argv)
     results = args.results or args.recipe / "results"

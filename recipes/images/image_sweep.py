@@ -18,6 +18,7 @@ from typing import Optional, Sequence
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from paths import user_path  # noqa: E402
 from sweeping import Run, Scripts, read_runs, sweep, without_paths  # noqa: E402
 
 TRAIN = HERE / "train.sh"
@@ -69,14 +70,14 @@ def collect(runs: Sequence[Run], pool: Pool, results: Path) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", type=Path, required=True, help="folder with train.sh and runs.txt")
-    parser.add_argument("--data", type=Path, required=True, help="folder made by data_prep/images.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--runs", type=Path, help="default: the recipe's runs.txt")
+    parser.add_argument("--recipe", type=user_path, required=True, help="folder with train.sh and runs.txt")
+    parser.add_argument("--data", type=user_path, required=True, help="folder made by data_prep/images.py")
+    parser.add_argument("--out", type=user_path, required=True, help="folder for the runs")
+    parser.add_argument("--runs", type=user_path, help="default: the recipe's runs.txt")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time; each peer is one")
-    parser.add_argument("--results", type=Path, help="copy logs and scores there; with --jobs 0 nothing is trained")
+    parser.add_argument("--results", type=user_path, help="copy logs and scores there; with --jobs 0 nothing is trained")
     args = parser.parse_args(argv)
     try:
         runs = read_runs(args.runs or args.recipe / "runs.txt", TRAIN, args.seeds, args.only)

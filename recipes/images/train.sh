@@ -27,6 +27,8 @@ read_settings() {
 check_settings() {
     [[ -n "${DATA:-}" ]] || refuse "DATA must be a folder with train/CLASS and valid/CLASS, but is not set"
     [[ -n "${OUT:-}" ]] || refuse "OUT must be the folder for the runs, but is not set"
+    # Between quotes a shell leaves ~ as it is.
+    DATA="${DATA/#\~\//$HOME/}" OUT="${OUT/#\~\//$HOME/}"
     [[ "$SEED" =~ ^[0-9]+$ ]] || refuse "SEED must be a whole number, but is $SEED instead"
     [[ "$FRACTION" =~ ^1(/[1-9][0-9]*)?$ ]] || refuse "FRACTION must be 1 or 1/k, but is $FRACTION instead"
     for name in PEERS BATCH GPUS_PER_PEER; do count "$name"; done

@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paths import user_path  # noqa: E402
+
 INTERVAL_CHECKPOINT = re.compile(r"checkpoint_\d+_(\d+)\.pt")
 
 
@@ -86,7 +90,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line; the exit status is 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--last", type=int, default=10, metavar="N", help="how many (default: 10)")
-    parser.add_argument("peers", type=Path, nargs="+", metavar="RUN/peerI", help="folder with checkpoint_EPOCH_UPDATE.pt")
+    parser.add_argument("peers", type=user_path, nargs="+", metavar="RUN/peerI", help="folder with checkpoint_EPOCH_UPDATE.pt")
     args = parser.parse_args(argv)
     try:
         if args.last < 1:

@@ -21,6 +21,7 @@ import average
 import generated
 import prepared
 import scores
+from average import user_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -198,7 +199,7 @@ def main(runs: Sequence[str]) -> int:
         if not runs:
             raise ValueError("give the folders of the runs, for example runs/single/seed1")
         for run in runs:
-            score_run(Path(run), settings)
+            score_run(user_path(run), settings)
     except (ValueError, Failure, OSError) as error:
         print(f"evaluate.sh: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

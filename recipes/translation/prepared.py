@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Tuple
@@ -33,7 +34,7 @@ def read(environ: Mapping[str, str]) -> Prepared:
     Raises ``ValueError`` in one sentence.
     """
     made_by = environ.get("PREPARED_BY", "data_prep/prepare.py")
-    folder, manifest = Path(environ.get("DATA", "")), {}  # the demo's data has none
+    folder, manifest = Path(os.path.expanduser(environ.get("DATA", ""))), {}  # the demo's data has none
     if not environ.get("DATA") or not list(folder.glob("bin/dict.*.txt")):
         raise ValueError(f"DATA must be a folder made by {made_by}, but is {environ.get('DATA') or 'not set'}")
     if (folder / "manifest.json").is_file():

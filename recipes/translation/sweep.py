@@ -19,6 +19,7 @@ from typing import Optional
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from paths import user_path  # noqa: E402
 from sweeping import Run, Scripts, read_runs, sweep, without_paths  # noqa: E402
 
 TRAIN = HERE / "train.sh"
@@ -84,15 +85,15 @@ def _parent_made(path: Path) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", type=Path, required=True, help="folder with train.sh and evaluate.sh")
-    parser.add_argument("--data", type=Path, required=True, help="prepared data, as the recipe's README tells")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs, OUT/NAME/seedN")
-    parser.add_argument("--runs", type=Path, help="file of runs (default: the recipe's runs.txt)")
+    parser.add_argument("--recipe", type=user_path, required=True, help="folder with train.sh and evaluate.sh")
+    parser.add_argument("--data", type=user_path, required=True, help="prepared data, as the recipe's README tells")
+    parser.add_argument("--out", type=user_path, required=True, help="folder for the runs, OUT/NAME/seedN")
+    parser.add_argument("--runs", type=user_path, help="file of runs (default: the recipe's runs.txt)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of these, only some")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; each peer is one (default: 1)")
     parser.add_argument("--no-evaluate", action="store_true", help="train only, as for tuning on valid")
-    parser.add_argument("--results", type=Path, help="copy logs and scores of the finished runs here")
+    parser.add_argument("--results", type=user_path, help="copy logs and scores of the finished runs here")
     return parser
 
 

@@ -22,6 +22,7 @@ read_settings() {
     ARCH="${ARCH:-transformer}" LAYERS="${LAYERS:-}" WIDTH="${WIDTH:-}" FFN="${FFN:-}" HEADS="${HEADS:-}"
     VALIDATE="${VALIDATE:-500}" VALID_TOKENS="${VALID_TOKENS:-$TOKENS}" KEEP="${KEEP:-1}" LOG_EVERY="${LOG_EVERY:-$VALIDATE}"
     CPU="${CPU:-0}" GPUS="${GPUS:-}" GPUS_PER_PEER="${GPUS_PER_PEER:-auto}" PRECISION="${PRECISION:-fp32}"
+    EVAL_BLEU="${EVAL_BLEU:-0}" BEAM="${BEAM:-5}" LENPEN="${LENPEN:-}" SUBWORDS="${SUBWORDS:-}" TOKENIZER="${TOKENIZER:-}"
     LOADERS="${LOADERS:-0}" DRY_RUN="${DRY_RUN:-0}" VOCAB="${VOCAB:-}" GPU_TOKENS_PER_SECOND="${GPU_TOKENS_PER_SECOND:-}"
     # Too much of mse ties untrained peers to each other, so its α starts low and grows. How they were tuned: Multi30k's README.
     if [[ "$DISTANCE" == *mse ]]; then
@@ -40,11 +41,14 @@ check_settings() {
         refuse "SOURCE and TARGET must be languages; did you forget to start the train.sh of a recipe, not the shared one?"
     [[ -n "${DATA:-}" ]] || refuse "DATA must be a folder made by $PREPARED_BY, but is not set"
     [[ -n "${OUT:-}" ]] || refuse "OUT must be the folder for the runs, but is not set"
+    # Between quotes a shell leaves ~ as it is.
+    DATA="${DATA/#\~\//$HOME/}" OUT="${OUT/#\~\//$HOME/}"
     [[ "$SEED" =~ ^[0-9]+$ ]] || refuse "SEED must be a whole number, but is $SEED instead"
     for name in PEERS WORKERS TOKENS UPDATES VALIDATE KEEP; do count "$name"; done
     [[ -z "$GPUS" || "$GPUS" =~ ^[0-9]+$ ]] || refuse "GPUS must be a whole number, but is $GPUS instead"
     [[ -z "$UPDATE_FREQ" ]] || count UPDATE_FREQ
     [[ "$GPUS_PER_PEER" == auto ]] || count GPUS_PER_PEER
+    [[ "$EVAL_BLEU" =~ ^[01]$ ]] || refuse "EVAL_BLEU must be 0 or 1, but is $EVAL_BLEU instead"
     [[ "$PRECISION" =~ ^fp(16|32)$ ]] || refuse "PRECISION must be fp16 or fp32, but is $PRECISION instead"
     ((WORKERS % PEERS == 0)) || refuse "WORKERS must be a multiple of PEERS=$PEERS, but is $WORKERS instead"
 }
@@ -76,6 +80,35 @@ choose_objective() {
     # true value, so the choice is the same); cross_entropy and, in validation, codistill_ce log it as loss.
     metric=nll_loss
     [[ "${objective[1]}" == label_smoothed* ]] || metric=loss
+}
+
+# of_data NAME DEFAULT: a text that DATA/manifest.json has, as evaluate.py reads it.
+of_data() {
+    local found
+    found="$(sed -n 's/^.*"'"$1"'": *"\([^"]*\)".*$/\1/p' "$DATA/manifest.json" 2>/dev/null | head -n 1)" || true
+    echo "${found:-$2}"
+}
+
+# Sets bleu and, with EVAL_BLEU=1, metric: each validation translates the validation set, and BLEU chooses checkpoint_best.pt,
+# as in fairseq's own recipe for IWSLT'14. What is undone before scoring is what DATA was prepared with.
+choose_bleu() {
+    local subwords="${SUBWORDS:-$(of_data subwords sentencepiece)}" tokenizer="${TOKENIZER:-$(of_data tokenizer none)}"
+    bleu=()
+    [[ "$EVAL_BLEU" == 1 ]] || return 0
+    count BEAM
+    metric=bleu
+    bleu=(--eval-bleu --eval-bleu-args "{\"beam\": $BEAM, ${LENPEN:+\"lenpen\": $LENPEN, }\"max_len_a\": 1.2, \"max_len_b\": 10}")
+    case "$tokenizer" in
+    moses) bleu+=(--eval-bleu-detok moses --eval-bleu-detok-args "{\"target_lang\": \"$TARGET\"}") ;;
+    none) bleu+=(--eval-bleu-detok space) ;;
+    *) refuse "TOKENIZER must be moses or none, but is $tokenizer instead" ;;
+    esac
+    case "$subwords" in
+    bpe) bleu+=(--eval-bleu-remove-bpe) ;; # alone it means the "@@ " of subword-nmt
+    sentencepiece) bleu+=(--eval-bleu-remove-bpe=sentencepiece) ;;
+    *) refuse "SUBWORDS must be bpe or sentencepiece, but is $subwords instead" ;;
+    esac
+    bleu+=(--maximize-best-checkpoint-metric)
 }
 
 divisors() {
@@ -141,6 +174,7 @@ build_command() {
         --update-freq "$update_freq" --max-update "$UPDATES"
         --validate-interval-updates "$VALIDATE" --save-interval-updates "$VALIDATE" --keep-interval-updates "$KEEP"
         --validate-interval "$never" --save-interval "$never" --best-checkpoint-metric "$metric"
+        ${bleu[@]+"${bleu[@]}"}
         --log-format json --log-interval "$LOG_EVERY" --num-workers "$LOADERS" ${extra[@]+"${extra[@]}"})
 }
 
@@ -165,6 +199,7 @@ main() {
     read_settings
     check_settings
     choose_objective
+    choose_bleu
     choose_devices
     choose_model
     run="$OUT/${NAME:-$name}/seed$SEED"

@@ -49,7 +49,11 @@ LAYERS = {
         "config", "hook", "codistiller", "exchange", "fused", "guard", "losses", "output_layer", "stores", "topology",
     },  # fmt: skip
     "fairseq_log": set(),
-    "launch_plan": set(),
+    "launch_hydra": set(),
+    "launch_command": {"launch_hydra"},
+    "launch_checks": {"launch_command"},
+    "launch_outputs": {"launch_command"},
+    "launch_plan": {"launch_checks", "launch_command", "launch_outputs"},
     "output": set(),
     "launch_checkpoint": set(),
     "launch_guard": set(),

@@ -40,7 +40,7 @@ def check(command: FairseqCommand, save_dir: str) -> None:
     _check_save_dir(command, save_dir)
     if command.criterion != CRITERION:
         return
-    if command.get("user-dir") is None:
+    if command.get("user-dir") is None and command.is_fairseqs:  # another program may import us itself
         raise ValueError(
             f"criterion {CRITERION} needs {command.spelling('user-dir')}, but none is given: fairseq alone does not know it;"
             f" did you forget {command.spelling('user-dir')}{'=' if command.is_hydra else ' '}{OURS}?"

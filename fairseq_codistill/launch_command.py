@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 import re
@@ -38,7 +39,7 @@ class FairseqCommand:
     def __init__(self, words: Sequence[str], config: Optional[HydraConfig] = None) -> None:
         self.words = list(words)
         matches = [(i, match) for i, match in enumerate(map(self.PROGRAM.search, self.words)) if match]
-        self.is_training = bool(matches)
+        self.is_training = self.is_fairseqs = bool(matches)
         self.start = matches[0][0] + 1 if matches else len(self.words)
         self.is_hydra = bool(matches and (matches[0][1]["a"] or matches[0][1]["b"]))
         self.config = config or HydraConfig(self.words[self.start :])
@@ -120,8 +121,17 @@ class FairseqCommand:
             return self.get("criterion") or "cross_entropy"
         return self._get("criterion._name") or self.copy()._pop("criterion") or "cross_entropy"
 
+    def as_training(self) -> FairseqCommand:
+        """If its program is not known: as if it were fairseq-train by another name."""
+        command = self.copy()
+        if not self.is_training:
+            command.is_training, command.start = True, 1
+        return command
+
     def copy(self) -> FairseqCommand:
-        return FairseqCommand(self.words, self.config)
+        command = copy.copy(self)
+        command.words = list(self.words)
+        return command
 
 
 def first_start_options(command: FairseqCommand) -> list[str]:

@@ -85,7 +85,8 @@ def _with(tree: Any, key: str, text: str) -> Any:
     from omegaconf import OmegaConf
 
     tree = copy.deepcopy(tree)
-    OmegaConf.update(tree, key, text, force_add=True)
+    OmegaConf.set_struct(tree, False)
+    OmegaConf.update(tree, key, text, merge=True)
     return tree
 
 
@@ -140,7 +141,10 @@ def _line(error: Exception) -> str:
 
 
 def _composed_by_hydra(name: str, folders: Sequence[str], overrides: list[str]) -> Any:
-    from hydra import compose, initialize_config_dir
+    try:
+        from hydra import compose, initialize_config_dir
+    except ImportError:  # hydra 1.0, of stock fairseq
+        from hydra.experimental import compose, initialize_config_dir
     from hydra.errors import MissingConfigException
 
     # Hydra looks for the first YAML in one folder alone.

@@ -48,7 +48,7 @@ class Plan:
 
 def make_plan(options: argparse.Namespace, environ: Mapping[str, str]) -> Plan:
     """Decide what each peer runs, from the launcher's options and environment. Raises ValueError with one sentence."""
-    base, notes = prepare(options.command, options.peers)
+    base, notes = prepare(FairseqCommand(options.command), options.peers)
     save_dir = save_dir_of(base)
     run_dir = options.log_dir or save_dir
     asked = options.gpus_per_peer
@@ -64,17 +64,16 @@ def make_plan(options: argparse.Namespace, environ: Mapping[str, str]) -> Plan:
         own = {**shared, "CODISTILL_PEER": str(i), **own}
         if gpus[i] or asked == 0:
             own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[i])
-        log = os.path.join(run_dir, f"peer{i}", "train.log")
-        plan.peers.append(PeerPlan(i, command.words, own, log, *_next(command)))
+        plan.peers.append(plan_peer(i, command, own, run_dir))
     if base.is_training:
-        plan.notes += _start_notes(base, plan.peers) + launch_outputs.notes(base, environ, options.peers)
+        plan.notes += start_notes(base, plan.peers) + launch_outputs.notes(base, environ, options.peers)
     plan.notes += _gpu_notes(gpus, asked, visible)
     return plan
 
 
-def prepare(words: Sequence[str], peers: int) -> tuple[FairseqCommand, list[str]]:
+def prepare(base: FairseqCommand, peers: int) -> tuple[FairseqCommand, list[str]]:
     """The command with what holds for all peers, and notes for the user. Raises ValueError with one sentence."""
-    base, notes = FairseqCommand(words), []
+    base, notes = base.copy(), []
     for option in ("codistill-peer", "codistill-peers"):
         if base.get(option) is not None:
             raise ValueError(f"{base.spelling(option)} must not be in the command: each peer gets its own.")
@@ -111,6 +110,16 @@ def _make_absolute(base: FairseqCommand) -> None:
             base.put(option, path)
 
 
+def _seed(base: FairseqCommand, peers: int) -> int:
+    text = base.get("seed") or "1"
+    if not re.fullmatch(r"\d+", text) or int(text) + (peers - 1) * SEED_STEP >= 2**32:
+        raise ValueError(
+            f"{base.spelling('seed')} must be a whole number, below 2**32 with {SEED_STEP} more for each further peer,"
+            f" but is {text!r} with {peers} peers."
+        )
+    return int(text)
+
+
 def peer_command(
     base: FairseqCommand, index: int, peers: int, environ: Mapping[str, str]
 ) -> tuple[FairseqCommand, dict[str, str]]:
@@ -135,22 +144,13 @@ def peer_command(
     return command, launch_outputs.own_environ(command, index, save_dir, environ)
 
 
-def _next(command: FairseqCommand) -> tuple[Optional[str], Optional[list[str]]]:
-    """Of a peer: the folder of its checkpoints, and what it runs once there are any."""
+def plan_peer(index: int, command: FairseqCommand, environ: dict[str, str], run_dir: str) -> PeerPlan:
+    """The plan of one peer, with what it runs once it has a checkpoint of its own."""
+    log = os.path.join(run_dir, f"peer{index}", "train.log")
     if not command.is_training:
-        return None, None
-    later = going_on(command) if first_start_options(command) else None
-    return command.get("save-dir"), later and later.words
-
-
-def _seed(base: FairseqCommand, peers: int) -> int:
-    text = base.get("seed") or "1"
-    if not re.fullmatch(r"\d+", text) or int(text) + (peers - 1) * SEED_STEP >= 2**32:
-        raise ValueError(
-            f"{base.spelling('seed')} must be a whole number, below 2**32 with {SEED_STEP} more for each further peer,"
-            f" but is {text!r} with {peers} peers."
-        )
-    return int(text)
+        return PeerPlan(index, command.words, environ, log)
+    later = going_on(command).words if first_start_options(command) else None
+    return PeerPlan(index, command.words, environ, log, command.get("save-dir"), later)
 
 
 def _shared_environ(
@@ -168,7 +168,8 @@ def _shared_environ(
     return shared
 
 
-def _start_notes(base: FairseqCommand, plans: Sequence[PeerPlan]) -> list[str]:
+def start_notes(base: FairseqCommand, plans: Sequence[PeerPlan]) -> list[str]:
+    """That what a command says of its start will not happen at each start."""
     options = first_start_options(base)
     if not options:
         return []

@@ -64,6 +64,7 @@ LAYERS = {
     "launch_supervisor": {
         "launch_checkpoint", "launch_error", "launch_guard", "launch_peer", "launch_plan", "launch_view", "output",
     },  # fmt: skip
+    "launch_slurm": {"launch_checkpoint", "launch_command", "launch_outputs", "launch_plan"},
     "launch_status": {"launch_view", "manifest", "observer", "output", "stores"},
     "launch": {"launch_plan", "launch_status", "launch_supervisor", "launch_view", "output"},
     "report_log": {"fairseq_log"},

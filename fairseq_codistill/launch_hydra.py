@@ -112,9 +112,10 @@ def _compose(name: str, folders: Sequence[str], choices: Sequence[str]) -> Any:
 
     path = _find(name, folders)
     error: Optional[Exception] = None
-    for overrides in (list(choices), []):  # a choice that only fairseq's own classes allow does not make the YAML unreadable
+    # A choice that only fairseq's own classes allow does not make the YAML unreadable; hydra 1.0 takes no further folder.
+    for overrides, places in ((choices, folders), ([], folders), (choices, [os.path.dirname(path)])):
         try:
-            return _composed_by_hydra(name, folders, overrides)
+            return _composed_by_hydra(name, places, list(overrides))
         except Exception as failure:  # hydra's many kinds
             error = failure
     try:  # another hydra than is known here: the file alone, without its defaults list

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fairseq_runs import PLUGIN
 
 from fairseq_codistill import launch_command, launch_outputs, launch_plan
 
+IS_OLD = version("hydra-core") < "1.1"  # of stock fairseq
 PLAIN = "fairseq-train D --criterion cross_entropy --save-dir X"
 
 
@@ -152,7 +154,7 @@ def test_hydra_goes_on_too(elsewhere: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- hydra and YAML
 
-YAML = """
+YAML = """\
 common: {seed: 1337, log_format: simple, tensorboard_logdir: tb, user_dir: fairseq_codistill}
 checkpoint: {save_dir: "${oc.env:WHERE}/from_yaml"}
 criterion: {_name: codistill_ce, codistill_dir: meet}
@@ -163,7 +165,8 @@ distributed_training: {distributed_port: 4000}
 
 def test_a_peer_gets_its_own_of_what_stands_in_the_yaml(elsewhere: Path, monkeypatch) -> None:
     monkeypatch.setenv("WHERE", str(elsewhere / "w"))
-    plan = planned(write_yaml(YAML))
+    hydra = write_yaml(YAML.replace("oc.env", "env") if IS_OLD else YAML)
+    plan = planned(hydra)
     told = plan.peers[1].command
     for word in (
         f"checkpoint.save_dir={elsewhere}/w/from_yaml/peer1",
@@ -179,10 +182,11 @@ def test_a_peer_gets_its_own_of_what_stands_in_the_yaml(elsewhere: Path, monkeyp
         assert word in told, word
     assert not any("log_format" in word for word in told) and "'simple'" in "\n".join(plan.notes)
     assert plan.run_dir == f"{elsewhere}/w/from_yaml" and "CODISTILL_DIR" not in plan.peers[1].environ
-    told = commands(f"{write_yaml(YAML)} checkpoint.save_dir=Y common.tensorboard_logdir=null common.seed=3")[1]
+    told = commands(f"{hydra} checkpoint.save_dir=Y common.tensorboard_logdir=null common.seed=3")[1]
     assert f"checkpoint.save_dir={elsewhere}/Y/peer1" in told and "common.seed=10000003" in told and "/tb/" not in told
 
 
+@pytest.mark.skipif(IS_OLD, reason="hydra 1.0 composes in another order")
 def test_a_yaml_is_composed_as_hydra_does() -> None:
     write_yaml("checkpoint: {save_dir: of_the_group}\ncommon: {seed: 5}\n", "experiment/small.yaml")
     write_yaml("seed: 9\n", "common/base.yaml")

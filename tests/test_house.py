@@ -52,7 +52,11 @@ LAYERS = {
     },  # fmt: skip
     "teachers": {"output_layer"},
     "fairseq_log": set(),
-    "launch_plan": set(),
+    "launch_hydra": set(),
+    "launch_command": {"launch_hydra"},
+    "launch_checks": {"launch_command"},
+    "launch_outputs": {"launch_command"},
+    "launch_plan": {"launch_checks", "launch_command", "launch_outputs"},
     "output": set(),
     "paths": set(),
     "launch_checkpoint": set(),
@@ -66,6 +70,7 @@ LAYERS = {
     },  # fmt: skip
     "launch_cost": {"launch_view", "topology"},
     "launch_preview": {"launch_cost", "launch_plan", "launch_view", "observer", "stores"},
+    "launch_slurm": {"launch_checkpoint", "launch_command", "launch_outputs", "launch_plan"},
     "launch_status": {"launch_view", "manifest", "observer", "output", "stores"},
     "launch": {"launch_plan", "launch_preview", "launch_status", "launch_supervisor", "launch_view", "output"},
     "report_log": {"fairseq_log"},

@@ -191,6 +191,7 @@ class Codistiller:
         if self._courier is None:
             with contextlib.suppress(OSError):
                 self._mine.ask(self.exchange.leave, seconds=1.0)
+            self._mine.stop()
             return
         self._courier.totals.updates = self._update + 1 - self._started
         publish_last = lambda: self._publish(self._update + 1, done=True) if completed else None  # noqa: E731

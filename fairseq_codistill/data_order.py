@@ -24,7 +24,7 @@ def order_data(task: Any, data: str, peer: int, peers: int, train_subset: str, s
 
     def get_batch_iterator(get, *args, **kwargs):
         dataset = dataset_of.of(args, kwargs)
-        if dataset is task.datasets.get(train_subset):
+        if dataset is not None and dataset is task.datasets.get(train_subset):
             if data == "same":
                 given = seed_of.of(args, kwargs)
                 more = given - seed if None not in (given, seed) else 0

@@ -183,7 +183,7 @@ def kill_often(path: str, kills: int, width: int, random: Random, context: Any) 
         _look(Path(path), latest, result)
         _progress(number + 1, kills)
     publish(path, width, lambda: None, most=KEEP + 1)
-    result.leftovers = len(os.listdir(os.path.join(path, "peer0"))) - 2 * KEEP - 2  # besides latest.json and lock
+    result.leftovers = len(os.listdir(os.path.join(path, "peer0"))) - 2 * KEEP - 3  # besides latest.json, alive.json and lock
     return result
 
 

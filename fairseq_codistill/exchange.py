@@ -22,6 +22,7 @@ from .membership import IndexTaken, Membership
 from .others import BEAT, SILENT_SECONDS, folder_of, host_name
 from .run import Run
 from .snapshot import Buffer, Weights, check_manifest, decode, describe
+from .stores import two_peers
 from .structure import difference
 
 __all__ = ["BEAT", "KEEP", "KEEP_FOR_LEARNERS", "SILENT_SECONDS", "Exchange", "IndexTaken", "Run", "host_name"]
@@ -55,6 +56,9 @@ class Exchange:
             self._kept = self._left_behind()
             self._making_room(self._membership.appear)
             self._membership.check_seeds()
+        except IndexTaken:  # somebody else came at the same moment
+            self.leave()
+            raise ValueError(two_peers(self._folder, str(self._membership.taken))) from None
         except OSError as error:
             self.leave()
             raise self._not_writable(error) from None

@@ -27,7 +27,7 @@ LAYERS = {
     "stores": {"directory_store", "lock_file", "manifest", "url_store"},
     "url_store": {"manifest"},
     "compat": set(),
-    "exchange": {"manifest", "membership", "others", "run", "snapshot", "structure"},
+    "exchange": {"manifest", "membership", "others", "run", "snapshot", "stores", "structure"},
     "observer": {"manifest", "run", "stores"},
     "worker": set(),
     "courier": {"exchange", "manifest", "observer", "snapshot", "worker"},

@@ -354,6 +354,19 @@ def test_one_that_writes_once_more_before_it_sees_the_newcomer_does_not_drive_it
         first.alive(41)
 
 
+def test_of_two_that_take_an_index_at_the_same_moment_one_is_refused():
+    store = NoLocks()
+    Peer(store, 0).start()  # and dies
+    first, second = Peer(store, 0), Peer(store, 0)
+    second._membership._watch_for_another = lambda locked, watch=second._membership._watch_for_another: (
+        watch(locked), first.join(RUN)
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"peer0 is already alive \(process \d+ on .*\).*--codistill-peer"):
+        second.join(RUN)
+    first.begin(40, PRINT)
+    first.train(40)
+
+
 def test_a_peer_that_never_trained_says_goodbye(store):
     peer = Peer(store, 0)
     peer.join(RUN)

@@ -4,6 +4,7 @@ import copy
 import logging
 import shutil
 from argparse import Namespace
+from multiprocessing import util
 
 import pytest
 import torch
@@ -177,8 +178,9 @@ def test_validating_on_the_training_data_joins_nothing_and_needs_no_teacher(monk
 
     for training in (False, True):
         criterion, task, codistiller = Criterion().train(training), Task(), Listener()
-        monkeypatch.setattr(hook, "_drain_on_sigterm", lambda _: None, raising=False)
-        monkeypatch.setattr(hook.util, "Finalize", lambda *_, **__: None)
+        for name in ("_drain_on_sigterm", "drain_on_sigterm", "watch"):  # what outlives a test
+            monkeypatch.setattr(hook, name, lambda *_: None, raising=False)
+        monkeypatch.setattr(util, "Finalize", lambda *_, **__: None)
         hook.attach(task, codistiller, None, "train", lambda: ["loaded"], lambda criterion=criterion: criterion.training)
         task.load_dataset("valid")
         assert not codistiller.joined

@@ -4,6 +4,7 @@ import copy
 import logging
 import shutil
 from argparse import Namespace
+from multiprocessing import util
 
 import pytest
 import torch
@@ -170,15 +171,16 @@ def test_validating_on_the_training_data_joins_nothing_and_needs_no_teacher(monk
         def join(self, run):
             self.joined = True
 
-        def __getattr__(self, name):
-            if name == "load_frozen":
-                return lambda load: setattr(self, "frozen", load())
-            raise AttributeError(name)
+        def load_frozen(self, load):
+            self.frozen = load()
+
+        def drain(self, seconds): ...
 
     for training in (False, True):
         criterion, task, codistiller = Criterion().train(training), Task(), Listener()
-        monkeypatch.setattr(hook, "_drain_on_sigterm", lambda _: None, raising=False)
-        monkeypatch.setattr(hook.util, "Finalize", lambda *_, **__: None)
+        for name in ("_drain_on_sigterm", "drain_on_sigterm", "watch"):  # what outlives a test
+            monkeypatch.setattr(hook, name, lambda *_: None, raising=False)
+        monkeypatch.setattr(util, "Finalize", lambda *_, **__: None)
         hook.attach(task, codistiller, None, "train", lambda: ["loaded"], lambda criterion=criterion: criterion.training)
         task.load_dataset("valid")
         assert not codistiller.joined

@@ -187,15 +187,15 @@ def _believed(
 def well_formed(record: Any) -> None:
     """Every field of its type and in its range, said otherwise than the code under test says it."""
     fields = asdict(record)
-    optional = {"valid_loss", "updates", "speed"}
+    optional = {"valid_loss", "updates", "speed", "run", "seed"}
     for name, value in fields.items():
         if value is None and name in optional:
             continue
         if name in ("time", "valid_loss", "speed"):
             assert isinstance(value, (int, float)) and -1e300 < value < 1e300, (name, value)
-        elif name in ("model", "teachers"):
+        elif name in ("model", "structure", "teachers"):
             assert isinstance(value, dict), (name, value)
-        elif name in ("file", "checksum", "dtype", "fingerprint", "life", "state", "host"):
+        elif name in ("file", "checksum", "dtype", "fingerprint", "life", "run", "state", "host"):
             assert isinstance(value, str) and len(value) <= 255, (name, value)
         elif name == "done":
             assert value is True or value is False

@@ -5,7 +5,8 @@ See these files first: `criterion.py` (the loss), `codistiller.py` (who teaches 
 
     schedules, topology, losses      pure equations
     snapshot → exchange → codistiller   weights as bytes; how they move; the peers that are held
-    hook                             ties a codistiller to a fairseq task
+    worker, courier, meeting, group  threads for the storage; exchanging beside the training; waiting; ranks decide together
+    hook                             ties a codistiller to a fairseq task (ending, data_order and wrapping are its parts)
     config, criterion                the options and `codistill_ce`
     compat                           fairseq's checkpoints on today's torch
     image_*, lr_schedules, nesterov  image classification, which knows nothing of codistillation

@@ -307,7 +307,7 @@ class Codistiller:
     def _reload(self, look: bool = False, update: Optional[int] = None) -> None:
         """Put what the courier has ready into the peers, on every rank. `look`: read now what is there, of `update`."""
         if self._due and (look or not self.in_background):
-            self._meeting.read(self._due, update, LOCKSTEP_WAIT if self.lockstep else _READ)
+            self._meeting.read(self._due, update, (self.wait or LOCKSTEP_WAIT) if self.lockstep else _READ)
         news: List[Tuple[int, Manifest, Weights]] = []
         if self._leads:
             for teacher in self._due:

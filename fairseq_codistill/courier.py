@@ -227,15 +227,19 @@ class Courier:
         the same again, it waits on."""
         return self._readers[teacher].ask(question, *args, seconds=_MOMENT)
 
-    def look_now(self, teachers: List[int], update: Optional[int] = None) -> Callable[[], bool]:
-        """Begin to `look` at the teachers, all at once; the function returned waits a moment, and tells whether it is done."""
+    def is_reading(self, teacher: int) -> bool:
+        """Something that was asked of the teacher's storage is not answered yet."""
+        return self._readers[teacher].is_busy
+
+    def look_now(self, teachers: List[int], update: Optional[int] = None) -> Callable[[], List[int]]:
+        """Begin to `look` at the teachers, all at once; the function returned waits a moment, and gives those not done yet."""
         missing = list(teachers)
         for teacher in teachers:
             with contextlib.suppress(OSError):
                 self._readers[teacher].ask(self.look, teacher, update, seconds=0)
                 missing.remove(teacher)
 
-        def is_done() -> bool:
+        def remaining() -> List[int]:
             for teacher in list(missing):
                 try:
                     self.ask(teacher, self.look, teacher, update)
@@ -244,9 +248,9 @@ class Courier:
                 except OSError as error:
                     self.warn(teacher, f"it cannot be looked at: {error.strerror}.")
                 missing.remove(teacher)
-            return not missing
+            return missing
 
-        return is_done
+        return remaining
 
     def look(self, teacher: int, update: Optional[int] = None) -> None:
         """Read and verify what is new of the teacher: its newest, or that of `update` if it is there."""

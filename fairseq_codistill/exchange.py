@@ -39,7 +39,7 @@ class Exchange:
         self, store: Any, peer: int, sleep: Callable[[float], None] = time.sleep, restarted: bool = False
     ) -> None:
         self.store, self.peer = store, peer
-        self.structure: Dict[str, Any] = {}  # my model's, see `structure`
+        self.structure: Dict[str, str] = {}  # my model's, see `structure`
         self._membership = Membership(store, peer, sleep, restarted)
         self._kept: List[int] = []  # my own snapshots' updates, in the order of writing
         self._torn: Optional[int] = None  # the update of an attempt to publish that failed
@@ -62,7 +62,7 @@ class Exchange:
             self.leave()
             raise
 
-    def begin(self, update: int, fingerprint: str, structure: Optional[Dict[str, Any]] = None) -> None:
+    def begin(self, update: int, fingerprint: str, structure: Optional[Dict[str, str]] = None) -> None:
         """My training starts at `update`. Raises ValueError when my folder holds what cannot be this training's past."""
         self.structure = structure or {}
         self._membership.begin()

@@ -15,7 +15,7 @@ Shapes: N positions, V classes. "Raw" distances see the mean of a row's logits, 
 from __future__ import annotations
 
 import logging
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -33,19 +33,28 @@ def size(logits_NV: Tensor, centred: bool) -> Tensor:
 
 
 def unusable(
-    value_N: Tensor, pull_N: Tensor, apart_N: Tensor, own_NV: Tensor, centred: bool, temperature: float = 1.0
+    value_N: Tensor, pull_N: Tensor, apart: Callable[[], Tensor], own_NV: Tensor, centred: bool, temperature: float = 1.0
 ) -> Tensor:  # fmt: skip
-    """The rows to drop, booleans [N]. `pull_N`: ‖∂D/∂logits‖²; `apart_N`: `size` of my logits less the peer's."""
+    """The rows to drop, booleans [N]. `pull_N`: ‖∂D/∂logits‖²; `apart` gives the `size` of my logits less the peer's."""
     # Not "greater": what is no number is dropped as well.
     strong_N = ~(pull_N <= PULL * temperature**2)
     if not own_NV.is_cuda and not strong_N.any():  # as ever; a GPU would have to be waited for
         return ~value_N.isfinite()
-    return ~value_N.isfinite() | (strong_N & ~(apart_N <= FAR * size(own_NV, centred)))
+    return ~value_N.isfinite() | (strong_N & ~(apart() <= FAR * size(own_NV, centred)))
 
 
 def squared_unusable(value_N: Tensor, own_NV: Tensor, centred: bool) -> Tensor:
     """`unusable` of a squared distance, whose value says it all: D = ‖s − t‖²/V, and its gradient is 2(s − t)/V."""
-    return unusable(value_N, value_N * (4 / own_NV.size(-1)), value_N, own_NV, centred)
+    return unusable(value_N, value_N * (4 / own_NV.size(-1)), lambda: value_N, own_NV, centred)
+
+
+def squared_unfit(own_NV: Tensor, peer_NV: Tensor, centred: bool) -> Tensor:
+    """`squared_unusable` before there is a distance."""
+    if not own_NV.is_cuda:  # usually norms say enough: ‖s − t‖ ≤ ‖s‖ + ‖t‖, and the mean only adds to them
+        most_N = (size(own_NV, False).sqrt() + size(peer_NV, False).sqrt()).square()
+        if (most_N * (4 / own_NV.size(-1)) <= PULL).all():
+            return torch.zeros_like(most_N, dtype=torch.bool)
+    return squared_unusable(size(own_NV - peer_NV, centred), own_NV, centred)
 
 
 def zeroed(bad_N: Tensor, rows: Tensor) -> Tensor:

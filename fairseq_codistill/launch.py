@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from . import launch_status
+from . import launch_preview, launch_status
 from .launch_plan import Plan, make_plan
 from .launch_supervisor import Supervisor
 from .launch_view import LiveView, PlainView, print_summary
@@ -38,8 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Start one fairseq job for each peer, show them all, stop them together.",
         epilog="`codistill-launch status DIR` shows who takes part in a run, also one that others have started. "
         "Any other command than fairseq-train or fairseq-hydra-train (a script, a Slurm step) only gets its "
-        "environment; it finds its index in $CODISTILL_PEER. Ctrl-C stops all peers, a second one kills them. "
-        "Exit status: 0 when all peers ended well, 130 or 143 after Ctrl-C or SIGTERM, 2 for bad input, "
+        "environment; it finds its index in $CODISTILL_PEER. Ctrl-C stops all peers, a second one kills them; SIGUSR1 and "
+        "SIGUSR2 go to peers that have a handler for them, else they stop all. "
+        "Exit status: 0 when all peers ended well, 130, 143 … after Ctrl-C, SIGTERM …, 2 for bad input, "
         "else that of the first peer that failed.",
     )
     add = parser.add_argument
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-restarts", type=int, default=0, metavar="R", help="how often a failed peer starts again (default: 0)")
     add("--log-dir", metavar="DIR", help="logs go to DIR/peer{i}/train.log (default: the command's --save-dir)")
     add("--grace", type=float, default=15.0, metavar="SECONDS", help="from the signal to stop to SIGKILL (default: 15)")
+    add("--dry-run", action="store_true", help="only print the peers' commands, and what they cost, as comments")
     add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -92,6 +94,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         options = parse_arguments(argv)
         plan = make_plan(options, os.environ)
+        launch_preview.check(plan, os.environ)
+        if options.dry_run:
+            print(launch_preview.dry_run(plan, os.environ))
+            return 0
         for peer in plan.peers:
             make_log(peer.log, "--log-dir" if options.log_dir else "--save-dir")
     except ValueError as error:

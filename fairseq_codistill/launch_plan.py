@@ -11,18 +11,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
+from . import launch_checks, launch_outputs
+from .launch_command import LAST, FairseqCommand, absolute, first_start_options, going_on, has_begun
+
 SEED_STEP = 10_000_000  # fairseq seeds update u with seed + u: peers this far apart never draw the same numbers
 
 
 @dataclass
 class PeerPlan:
-    """What one peer runs: its command, what is added to its environment, its log, and where it goes on from."""
+    """What one peer runs: its commands, what is added to its environment, its log, and where it goes on from."""
 
     index: int
-    command: list[str]
+    first_command: list[str]
     environ: dict[str, str]
     log: str
-    save_dir: Optional[str] = None  # holds the checkpoint that it starts from; None where the command says otherwise
+    save_dir: Optional[str] = None  # holds the checkpoint that it goes on from; None where it is not known
+    next_command: Optional[list[str]] = None  # once that checkpoint is there; None: the same
+
+    @property
+    def command(self) -> list[str]:
+        """What it runs if it is started now."""
+        has_own = self.next_command is not None and self.save_dir is not None and has_begun(self.save_dir)
+        return self.next_command if has_own else self.first_command
 
 
 @dataclass
@@ -36,92 +46,68 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-class FairseqCommand:
-    """A `fairseq-train` (options) or `fairseq-hydra-train` (overrides) command; nice or srun may stand before it."""
-
-    PROGRAM = re.compile(r"(?:^|/)fairseq(?:-(?P<a>hydra-)?train|_cli[./](?P<b>hydra_)?train(?:\.py)?)$")
-    OVERRIDE = re.compile(r"[+~]{0,2}[\w./@]+=")
-    GROUPS = {
-        **dict.fromkeys(("seed", "log-format", "reset-logging"), "common"),
-        **dict.fromkeys(("distributed-init-method", "distributed-port"), "distributed_training"),
-        **dict.fromkeys(("save-dir", "restore-file"), "checkpoint"),
-    }  # fairseq's group of each option; all others here are the criterion's
-
-    def __init__(self, words: Sequence[str]) -> None:
-        self.words = list(words)
-        matches = [(i, match) for i, match in enumerate(map(self.PROGRAM.search, self.words)) if match]
-        self.is_training = bool(matches)
-        self.start = matches[0][0] + 1 if matches else len(self.words)
-        self.is_hydra = bool(matches and (matches[0][1]["a"] or matches[0][1]["b"]))
-
-    def spelling(self, option: str) -> str:
-        """`save-dir` as this program writes it: `--save-dir`, or `checkpoint.save_dir` for hydra."""
-        if not self.is_hydra:
-            return "--" + option
-        return self.GROUPS.get(option, "criterion") + "." + option.replace("-", "_")
-
-    def pop(self, option: str) -> Optional[str]:
-        """Take every occurrence of an option out; return its last value as fairseq would, None if it is absent.
-
-        Raises ValueError if the value is missing.
-        """
-        name, value, kept = self.spelling(option), None, self.words[: self.start]
-        rest = iter(self.words[self.start :])
-        for word in rest:
-            key, equals, joined = word.partition("=")
-            if (key.lstrip("+") if self.is_hydra else key) != name or (self.is_hydra and not equals):
-                kept.append(word)
-                continue
-            value = joined if equals else next(rest, "--")
-            if not equals and value.startswith("--"):
-                raise ValueError(f"{name} must have a value, but none follows it.")
-        self.words = kept
-        return value.strip("'\"") if value and self.is_hydra else value
-
-    def get(self, option: str) -> Optional[str]:
-        """The value that `pop` would return; the command stays as it is."""
-        return self.copy().pop(option)
-
-    def put(self, option: str, value: str) -> None:
-        """Set an option, in the place of whatever occurrences there were."""
-        self.pop(option)
-        if not self.is_hydra:
-            self.words += [self.spelling(option), value]
-            return
-        # Hydra's parser refuses overrides in two places with options between them, so it joins the others.
-        overrides = [i for i, word in enumerate(self.words) if i >= self.start and self.OVERRIDE.match(word)]
-        # Hydra's grammar wants quotes around odd signs.
-        quoted = value if re.fullmatch(r"[\w./:@%+-]+", value) else "'" + value.replace("'", r"\'") + "'"
-        self.words.insert(overrides[-1] + 1 if overrides else len(self.words), f"{self.spelling(option)}={quoted}")
-
-    def copy(self) -> FairseqCommand:
-        return FairseqCommand(self.words)
-
-
 def make_plan(options: argparse.Namespace, environ: Mapping[str, str]) -> Plan:
     """Decide what each peer runs, from the launcher's options and environment. Raises ValueError with one sentence."""
-    base = FairseqCommand(options.command)
-    for option in ("codistill-peer", "codistill-peers"):
-        if base.get(option) is not None:
-            raise ValueError(f"{base.spelling(option)} must not be in the command: each peer gets its own.")
-    save_dir = base.get("save-dir") or "checkpoints"
-    seed = _seed(base, options.peers)
+    base, notes = prepare(FairseqCommand(options.command), options.peers)
+    save_dir = save_dir_of(base)
     run_dir = options.log_dir or save_dir
     asked = options.gpus_per_peer
-    gpus = share_gpus([] if asked == 0 else visible_gpus(), options.peers, asked)
-    plan = Plan(run_dir, [], options.max_restarts, options.grace, _notes(base, gpus, options.peers))
+    visible = [] if asked == 0 else visible_gpus()
+    gpus = share_gpus(visible, options.peers, asked)
+    plan = Plan(run_dir, [], options.max_restarts, options.grace, notes)
     shared = _shared_environ(base, options, run_dir, len(gpus[0]), environ)
     ports = iter(_free_ports(options.peers))
     for i in range(options.peers):
-        command = _peer_command(base, i, save_dir, seed)
+        command, own = peer_command(base, i, options.peers, environ)
         if len(gpus[i]) > 1 and _needs_rendezvous(base, environ):
             command.put("distributed-init-method", f"tcp://localhost:{next(ports)}")
-        own = {**shared, "CODISTILL_PEER": str(i)}
+        own = {**shared, "CODISTILL_PEER": str(i), **own}
         if gpus[i] or asked == 0:
             own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[i])
-        own_dir = command.get("save-dir") if command.is_training and command.get("restore-file") is None else None
-        plan.peers.append(PeerPlan(i, command.words, own, os.path.join(run_dir, f"peer{i}", "train.log"), own_dir))
+        plan.peers.append(plan_peer(i, command, own, run_dir))
+    if base.is_training:
+        plan.notes += start_notes(base, plan.peers) + launch_outputs.notes(base, environ, options.peers)
+    plan.notes += _gpu_notes(gpus, asked, visible)
     return plan
+
+
+def prepare(base: FairseqCommand, peers: int) -> tuple[FairseqCommand, list[str]]:
+    """The command with what holds for all peers, and notes for the user. Raises ValueError with one sentence."""
+    base, notes = base.copy(), []
+    for option in ("codistill-peer", "codistill-peers"):
+        if base.get(option) is not None:
+            raise ValueError(f"{base.spelling(option)} must not be in the command: each peer gets its own.")
+    if not base.is_training:
+        note = f"{base.words[0]} is not fairseq-train or fairseq-hydra-train, so its options stay as they are;"
+        return base, [f"{note} let it use $CODISTILL_PEER for its save directory and seed."]
+    given, user_dir = base.get("user-dir"), launch_checks.find_user_dir(base)
+    if user_dir is not None and user_dir != given:
+        if os.path.normpath(given or "") == launch_checks.OURS and not os.path.isdir(given or ""):
+            notes.append(f"{base.spelling('user-dir')} {given} is no folder here; it is the installed plugin, {user_dir}.")
+        base.put("user-dir", user_dir)
+    launch_checks.check(base, save_dir_of(base))
+    if base.is_hydra:
+        _make_absolute(base)
+    log_format = base.get("log-format")
+    if log_format not in (None, "json"):
+        notes.append(f"with log format {log_format!r} the losses cannot be shown here; json is the one that is read.")
+    return base, notes + launch_checks.notes(base, peers)
+
+
+def save_dir_of(base: FairseqCommand) -> str:
+    return base.get("save-dir") or "checkpoints"
+
+
+def _make_absolute(base: FairseqCommand) -> None:
+    """Hydra starts a job in a folder of its own, where a relative path would be another at each start."""
+    for option in ("restore-file", "continue-once", "finetune-from-model", "codistill-dir", "codistill-teacher", "data"):
+        value = base.get(option)
+        if value is None or value.startswith("[") or (option == "restore-file" and value == LAST):
+            continue
+        parts = [value] if "://" in value else value.split(":")
+        path = ":".join(absolute(part) if part else part for part in parts)
+        if path != value:
+            base.put(option, path)
 
 
 def _seed(base: FairseqCommand, peers: int) -> int:
@@ -134,51 +120,80 @@ def _seed(base: FairseqCommand, peers: int) -> int:
     return int(text)
 
 
-def _peer_command(base: FairseqCommand, index: int, save_dir: str, seed: int) -> FairseqCommand:
-    command = base.copy()
+def peer_command(
+    base: FairseqCommand, index: int, peers: int, environ: Mapping[str, str]
+) -> tuple[FairseqCommand, dict[str, str]]:
+    """What peer `index` runs, and what it alone has in its environment, of what `prepare` returned."""
+    command, seed = base.copy(), _seed(base, peers)
     if not command.is_training:
-        return command
-    command.put("save-dir", os.path.join(save_dir, f"peer{index}"))
+        return command, {}
+    save_dir = save_dir_of(base)
+    # A log that tells where checkpoints are should tell it as the user did, where that is enough.
+    command.put("save-dir", launch_outputs.own_folder(absolute(save_dir) if base.is_hydra else save_dir, index))
     command.put("seed", str(seed + index * SEED_STEP))
     if base.get("log-format") is None:
         command.put("log-format", "json")
     # Hydra's own logging writes its lines in another form than fairseq's, which other tools could not read.
     if command.is_hydra and base.get("reset-logging") is None:
         command.put("reset-logging", "true")
-    return command
+    if peers == 1:
+        return command, {}
+    if command.is_hydra:
+        launch_outputs.make_own_hydra_folder(command, index)
+    launch_outputs.make_own(command, index)
+    return command, launch_outputs.own_environ(command, index, save_dir, environ)
+
+
+def plan_peer(index: int, command: FairseqCommand, environ: dict[str, str], run_dir: str) -> PeerPlan:
+    """The plan of one peer, with what it runs once it has a checkpoint of its own."""
+    log = os.path.join(run_dir, f"peer{index}", "train.log")
+    if not command.is_training:
+        return PeerPlan(index, command.words, environ, log)
+    later = going_on(command).words if first_start_options(command) else None
+    return PeerPlan(index, command.words, environ, log, command.get("save-dir"), later)
 
 
 def _shared_environ(
     base: FairseqCommand, options: argparse.Namespace, run_dir: str, gpus: int, environ: Mapping[str, str]
 ) -> dict[str, str]:
     shared = {"CODISTILL_PEERS": str(options.peers), "PYTHONUNBUFFERED": "1"}
-    if base.get("codistill-dir") is None and not environ.get("CODISTILL_DIR"):
+    if base.get("codistill-dir") is None:
         # Absolute, because a command may change its directory (hydra does).
-        shared["CODISTILL_DIR"] = os.path.abspath(os.path.join(run_dir, "exchange"))
+        given = environ.get("CODISTILL_DIR")
+        exchange = absolute(given or os.path.join(run_dir, "exchange"))
+        if exchange != given and (not given or base.is_hydra):
+            shared["CODISTILL_DIR"] = exchange
     if "OMP_NUM_THREADS" not in environ:
         shared["OMP_NUM_THREADS"] = str(share_cores(options.peers, gpus))
     return shared
 
 
-def _notes(base: FairseqCommand, gpus: Sequence[Sequence[str]], peers: int) -> list[str]:
-    notes = []
-    if not base.is_training:
-        notes.append(
-            f"{base.words[0]} is not fairseq-train or fairseq-hydra-train, so its options stay as they are;"
-            " let it use $CODISTILL_PEER for its save directory and seed."
-        )
-    log_format = base.get("log-format")
-    if log_format not in (None, "json"):
-        notes.append(f"with log format {log_format!r} the losses cannot be shown here; json is the one that is read.")
-    different = len({name for names in gpus for name in names})
-    if 0 < different < peers:
-        notes.append(f"{peers} peers share {different} GPU{'s' if different > 1 else ''}.")
-    return notes
+def start_notes(base: FairseqCommand, plans: Sequence[PeerPlan]) -> list[str]:
+    """That what a command says of its start will not happen at each start."""
+    options = first_start_options(base)
+    if not options:
+        return []
+    begun = [f"peer{plan.index}" for plan in plans if plan.save_dir and has_begun(plan.save_dir)]
+    now = f", as {' and '.join(begun)} {'do' if len(begun) > 1 else 'does'} now" if begun else ""
+    return [
+        f"{', '.join(options)}: for a peer's first start alone; one with a {LAST} in its own save directory goes on from that"
+        f" without{now} (to begin anew, choose another save directory)."
+    ]
+
+
+def _gpu_notes(gpus: Sequence[Sequence[str]], asked: Optional[int], visible: Sequence[str]) -> list[str]:
+    used, peers = len({name for names in gpus for name in names}), len(gpus)
+    if 0 < used < peers:
+        return [f"{peers} peers share {used} GPU{'s' if used > 1 else ''}."]
+    idle = len(visible) - used
+    if asked is None and idle > 0:
+        return [f"{idle} of {len(visible)} GPUs stay{'s' if idle == 1 else ''} idle: {peers} peers get {len(gpus[0])} each."]
+    return []
 
 
 def _needs_rendezvous(base: FairseqCommand, environ: Mapping[str, str]) -> bool:
     """In a Slurm job fairseq makes a group's port from the job's number: the peers' ports would be the same."""
-    chosen = any(base.get(option) is not None for option in ("distributed-init-method", "distributed-port"))
+    chosen = any(base.get(name) not in (None, "-1") for name in ("distributed-init-method", "distributed-port"))
     return base.is_training and "SLURM_JOB_ID" in environ and not chosen
 
 

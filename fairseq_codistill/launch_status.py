@@ -16,20 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .launch_view import duration, text_of
+from .launch_view import duration, size, text_of
 from .manifest import FORMAT
 from .observer import LIVE_STATES, SILENT_SECONDS, Age, Observer, Row, find_exchange, plain
-from .output import is_gone, tolerant_output
-
-
-def size(count: int) -> str:
-    """Bytes as people say them: 812 B, 1.5 kB, 105.3 MB."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB", "EB"):
-        if value < 999.95:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+from .output import failure, is_gone, tolerant_output
 
 
 def run_line(observer: Observer) -> str:
@@ -211,7 +201,8 @@ def _show(observer: Observer, options: argparse.Namespace) -> None:
                 with console.capture() as drawn:  # printed by us, as rich takes a closed pipe for a failure
                     console.print(_drawing(observer, rows, options.watch, console.width))
                 print(drawn.get().rstrip("\n"), flush=True)
-            if not options.watch or is_gone(sys.stdout):  # `… | head`: the reader has seen enough
+            # `… | head`: the reader has seen enough.
+            if not options.watch or is_gone(sys.stdout) or failure(sys.stdout):
                 return
             time.sleep(options.seconds)
 
@@ -222,6 +213,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         options = parse_arguments(argv)
         _show(Observer(find_exchange(options.dir)), options)
+        if failure(sys.stdout):
+            raise ValueError(f"what it shows cannot be written: {failure(sys.stdout)}")
     except KeyboardInterrupt:
         pass
     except (ValueError, OSError) as error:

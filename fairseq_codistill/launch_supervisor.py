@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import signal
 import socket
@@ -13,17 +12,24 @@ from typing import Optional
 from . import launch_checkpoint, launch_error
 from .launch_guard import Guard
 from .launch_peer import Peer
-from .launch_plan import PeerPlan, Plan
-from .launch_view import PlainView, duration, text_of
+from .launch_plan import Plan
+from .launch_view import PlainView, duration, resources, text_of
 from .output import hurried
 
 POLL_SECONDS = 0.25
 _OUTPUT_SECONDS = 1.0  # a reader that is stopped must not keep us from a signal
+
+
+def _named(*names: str) -> tuple[int, ...]:
+    """Those that the system has: `codistill-launch status` is imported with us, also where there are no such signals."""
+    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
+
+
 # What ends a run: of schedulers too, and of a terminal (Ctrl-C, Ctrl-\, hanging up). All but the first as SIGTERM.
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGXCPU, signal.SIGHUP)
+_STOPS = _named("SIGINT", "SIGTERM", "SIGQUIT", "SIGXCPU", "SIGHUP")
 # Warnings of schedulers, some time before they end a job (Slurm's --signal=USR1@60, LSF, SGE). A program that has a handler
 # gets them; fairseq has none, so there they stop the run while there is time to, and the batch script can queue it again.
-_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+_WARNINGS = _named("SIGUSR1", "SIGUSR2")
 
 
 class Signals:
@@ -75,7 +81,7 @@ class Supervisor:
                     self._tell(f"note: {note}")
                 for peer in self.peers:
                     if self._start(peer):
-                        self._tell(f"{peer.name}: {_resources(peer.plan)}, log {peer.plan.log}")
+                        self._tell(f"{peer.name}: {resources(peer.plan)}, log {peer.plan.log}")
                 self._watch(signals)
             except BaseException:
                 self._begin_to_stop()  # a fault of ours: the peers may still end well
@@ -194,12 +200,6 @@ class Supervisor:
         self._told[same] = peer
         head += ":" if sentence else ". The end of its log:"
         return [head, *(f"  | {line}" for line in lines)]
-
-
-def _resources(plan: PeerPlan) -> str:
-    gpus = plan.environ.get("CUDA_VISIBLE_DEVICES")
-    threads = plan.environ.get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS"))
-    return (f"GPU {gpus}, " if gpus else "") + f"{threads} thread{'' if threads == '1' else 's'}"
 
 
 def _signal_name(status: int) -> str:

@@ -6,13 +6,12 @@ import contextlib
 import os
 import shlex
 import sys
-import termios
 import time
 from collections.abc import Sequence
 from typing import Any, Optional
 
 from .launch_peer import Peer
-from .launch_plan import Plan
+from .launch_plan import PeerPlan, Plan
 
 BAR_WIDTH = 40  # at most; the numbers beside it say more
 PLAIN_SECONDS = 10.0  # without a terminal, a peer reports at most this often between validations
@@ -31,6 +30,16 @@ def duration(seconds: Optional[float]) -> str:
         return f"{minutes}m{left:02d}s" if minutes else f"{left}s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24:02d}h"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them: 812 B, 1.5 kB, 105.3 MB."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB", "EB"):
+        if value < 999.95:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def sparkline(values: Sequence[float], width: int = 10) -> str:
@@ -61,6 +70,13 @@ def progress_line(peer: Peer) -> str:
     parts += [f"agreement {seen.agreement:.0%}"] if seen.agreement is not None else []
     parts += [f"{seen.ups:.3g} updates/s, {duration(seen.seconds_left)} left"] if seen.ups else []
     return " | ".join(parts)
+
+
+def resources(plan: PeerPlan) -> str:
+    """What a peer has of the machine, in words."""
+    gpus = plan.environ.get("CUDA_VISIBLE_DEVICES")
+    threads = plan.environ.get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS"))
+    return (f"GPU {gpus}, " if gpus else "") + f"{threads} thread{'' if threads == '1' else 's'}"
 
 
 class PlainView:
@@ -98,7 +114,9 @@ class QuietTerminal:
 
     def __enter__(self) -> QuietTerminal:
         self._before: Any = None
-        with contextlib.suppress(OSError, ValueError, termios.error):  # stdin may be something else
+        with contextlib.suppress(Exception):  # stdin may be no terminal, or be gone
+            import termios
+
             self._before = termios.tcgetattr(sys.stdin.fileno())
             quiet = termios.tcgetattr(sys.stdin.fileno())
             quiet[3] &= ~termios.ECHO
@@ -107,12 +125,14 @@ class QuietTerminal:
 
     def __exit__(self, *error: object) -> None:
         if self._before is not None:
-            with contextlib.suppress(OSError, ValueError, termios.error):
+            with contextlib.suppress(Exception):
                 self._set(self._before)
             self._before = None
 
     @staticmethod
     def _set(attributes: list[Any]) -> None:
+        import termios
+
         # From the background a change would stop the whole job.
         if os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
             termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, attributes)

@@ -154,8 +154,7 @@ def unfit(name: str, own_NV: Tensor, peer_NV: Tensor) -> Tensor:
     """The rows of a peer that must not go into a mean, booleans [N]. `peer_NV`: what the mean is taken of."""
     if DISTANCES[name].mean_of == "probabilities":
         return ~peer_NV[:, 0].isfinite()  # a softmax is finite everywhere in a row, or nowhere
-    own_NV, centred = _wide(own_NV.detach()), DISTANCES[name].centred
-    return guard.squared_unusable(guard.size(own_NV - peer_NV, centred), own_NV, centred)
+    return guard.squared_unfit(_wide(own_NV.detach()), peer_NV, DISTANCES[name].centred)
 
 
 AGGREGATES = {"pairwise": pairwise, "mean": to_mean}
@@ -185,8 +184,9 @@ def _unusable(
         return ~value_N.isfinite()
     if kind.mean_of == "logits":
         return guard.squared_unusable(value_N, own_NV, kind.centred)
-    pull_N, apart_N = torch.linalg.vecdot(gradient_NV, gradient_NV), guard.size(own_NV - peer_NV, kind.centred)
-    return guard.unusable(value_N, pull_N, apart_N, own_NV, kind.centred, temperature)
+    pull_N = torch.linalg.vecdot(gradient_NV, gradient_NV)
+    apart = lambda: guard.size(own_NV - peer_NV, kind.centred)  # noqa: E731
+    return guard.unusable(value_N, pull_N, apart, own_NV, kind.centred, temperature)
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -47,7 +47,7 @@ class Manifest:
     options: Dict[str, Any] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
     run: Optional[str] = None
-    structure: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    structure: Dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> bytes:
         return sealed(dataclasses.asdict(self))
@@ -133,7 +133,7 @@ _CHECKS = {
     "resumes_from": _count,
     "done": lambda v: isinstance(v, bool),
     "run": lambda v: v is None or is_run_id(v),
-    "structure": lambda v: isinstance(v, dict),
+    "structure": lambda v: isinstance(v, dict) and all(isinstance(fact, str) for fact in v.values()),
 }
 
 
@@ -191,5 +191,5 @@ _PRESENCE_CHECKS = {
     "speed": lambda v: v is None or (_number(v) and v >= 0),
     "teachers": lambda v: isinstance(v, dict) and all(name.isdecimal() and _count(v[name]) for name in v),
     "run": lambda v: v is None or is_run_id(v),
-    "seed": lambda v: v is None or type(v) is int,
+    "seed": lambda v: v is None or _count(v),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Set
 
 from . import group
 from .courier import Courier
@@ -26,6 +26,7 @@ class Meeting:
     ) -> None:
         self._exchange, self._courier, self._teachers, self._sleep = exchange, courier, teachers, sleep
         self._missed: Dict[int, Any] = {}  # teachers that missed a meeting, and their last sign of life then
+        self._slow: Set[int] = set()  # teachers whose last read did not end in time
 
     def await_first_snapshots(self, seconds: float) -> None:
         """Until each teacher has published something."""
@@ -55,14 +56,21 @@ class Meeting:
                 )
 
     def read(self, teachers: List[int], update: Optional[int], seconds: float) -> None:
-        """Until what is new of the teachers has been read and verified; `update`: see `Courier.look`."""
-        looked = self._courier.look_now(teachers, update) if self._courier is not None else bool
-        self._await(looked, seconds, asked_for=False)
+        """Until what is new of the teachers has been read and verified; `update`: see `Courier.look`. A moment is enough for
+        those that missed the meeting, or whose storage hung before."""
+        if self._courier is None:
+            self._await(bool, seconds, asked_for=False)
+            return
+        remaining, impatient = self._courier.look_now(teachers, update), self._slow.union(self._missed)
+        self._await(lambda: impatient.issuperset(remaining()), seconds, asked_for=False)
+        self._slow = self._slow.difference(teachers).union(remaining())
 
     def _need_not_wait(self, teacher: int, update: int) -> bool:
-        """The teacher's snapshot is there; or it missed a meeting, and has shown no life since."""
+        """The teacher's snapshot is there; or it missed a meeting, and has shown no life since; or its storage still hangs."""
         if self._look(teacher, update) is not None:
             self._missed.pop(teacher, None)
+            return True
+        if teacher in self._slow and self._courier.is_reading(teacher):
             return True
         if teacher not in self._missed:
             return False

@@ -166,6 +166,7 @@ def read_run(store: Any) -> Optional[dict[str, Any]]:
         raise ValueError(f"{store} must hold the run.json of a run, but {error}; did you mean another directory?") from None
     if data is None:
         return None
+    run: Any = None
     try:
         run = json.loads(data)
         known = {name: run[name] for name in ("peers", "classes", "dictionary_sha256")}
@@ -173,6 +174,12 @@ def read_run(store: Any) -> Optional[dict[str, Any]]:
         good = good and type(run["classes"]) in (int, type(None)) and type(run["dictionary_sha256"]) in (str, type(None))
     except (ValueError, RecursionError, KeyError, TypeError):
         good = False
+    newer = run.get("format") if isinstance(run, dict) else None
+    if type(newer) is int and newer > FORMAT:
+        raise ValueError(
+            f"{store}/run.json must be that of a run of format {FORMAT}, but a newer version began it, with format {newer}; "
+            "did you forget to upgrade fairseq-codistill here?"
+        )
     if not good:
         raise ValueError(
             f"{store}/run.json must be that of a run of format {FORMAT} with 1 to {PEERS_LIMIT} peers, but is not; "

@@ -18,13 +18,14 @@ class Tolerant(io.TextIOBase):
     """Text to a file descriptor, unbuffered, so that nothing is left to fail when Python ends.
 
     What cannot be written is dropped. `patience`: seconds to wait for a reader or a terminal that is stopped, None for ever.
-    `is_gone`: the reader has closed its end, so that no later word will be read.
+    `failure`: why the last words were dropped, if the system said so; `is_gone`: no later word will be read, as the reader
+    has closed its end, which is no failure.
     """
 
     def __init__(self, descriptor: int, encoding: str) -> None:
         self._descriptor, self._encoding = descriptor, encoding
         self.patience: Optional[float] = None
-        self.is_gone = False
+        self.is_gone, self.failure = False, ""
         self._is_stuck = False
 
     @property
@@ -51,6 +52,7 @@ class Tolerant(io.TextIOBase):
                 rest = rest[os.write(self._descriptor, rest[:_AT_ONCE]) :]
         except OSError as error:
             self.is_gone = error.errno in (errno.EPIPE, errno.EIO, errno.EBADF)
+            self.failure = "" if self.is_gone else error.strerror or str(error)
         return len(text)
 
     def _is_ready(self) -> bool:
@@ -88,12 +90,19 @@ def is_gone(stream: Any) -> bool:
     return getattr(stream, "is_gone", False)
 
 
+def failure(stream: Any) -> str:
+    """Why words for it were lost, for a command whose words are its work; "" if none were, or nobody wants them."""
+    return getattr(stream, "failure", "")
+
+
 def _tolerant(stream: Any) -> Any:
     if stream is None:  # Python's own word for a descriptor that was closed when it began
         return open(os.devnull, "w", encoding="utf-8")
     with contextlib.suppress(OSError, ValueError):
         stream.flush()
     try:
+        if os.name != "posix":
+            raise OSError("select knows sockets only")
         return Tolerant(stream.fileno(), stream.encoding or "utf-8")
     except (OSError, ValueError, AttributeError):  # a test's, or a notebook's
         if hasattr(stream, "reconfigure"):

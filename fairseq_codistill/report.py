@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .output import tolerant_output
+from .output import failure, tolerant_output
 from .paths import expanded, printable
 from .report_figure import draw
 from .report_files import Found, ReportError, load, split_label
@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             show(report)
         print(f"\nwritten to {printable(str(out))}: table.md, results.json, curves.png", flush=True)
+        if failure(sys.stdout):
+            raise ReportError(f"the report is written to {out}, but not shown: {failure(sys.stdout)}.")
     except ReportError as error:
         return fail(str(error), 2)
     except OSError as error:

@@ -24,7 +24,7 @@ _TELLING = {
 _CHILDREN = ("embed_positions",)  # sub-modules without weights whose presence tells
 
 
-def structure(model: Any) -> Dict[str, Any]:
+def structure(model: Any) -> Dict[str, str]:
     """Facts by place, such as `decoder.layers.*.self_attn.num_heads`: those of all layers of a stack are one."""
     found: Dict[str, List[str]] = {}
     for path, module in model.named_modules():
@@ -35,11 +35,11 @@ def structure(model: Any) -> Dict[str, Any]:
     return {place: value[:200] for place, value in sorted(together.items())[:_MOST]}
 
 
-def difference(mine: Dict[str, Any], theirs: Dict[str, Any]) -> Optional[str]:
+def difference(mine: Dict[str, str], theirs: Dict[str, str]) -> Optional[str]:
     """The first setting in which another model is not mine, in words; None where nothing tells them apart."""
     for place in sorted(mine.keys() & theirs.keys()):
         if mine[place] != theirs[place]:
-            return f"its {plain(place)} is {plain(str(theirs[place]), 60)}, but mine is {plain(str(mine[place]), 60)}"
+            return f"its {plain(place)} is {plain(theirs[place], 60)}, but mine is {plain(mine[place], 60)}"
     return None
 
 

@@ -33,11 +33,6 @@ def load(paths: Optional[str], task: Any) -> List[nn.Module]:
     return [_load(path, task) for path in paths.split(":")] if paths else []
 
 
-def digest(dictionary: Any) -> str:
-    """The sha256 of a fairseq dictionary's symbols, in their order."""
-    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
-
-
 def check_fit(teacher: nn.Module, net_input: Dict[str, Any], target: Tensor) -> None:
     """Raises ValueError, in one sentence, where the teacher cannot predict the targets of such a batch."""
     kind = type(teacher).__name__
@@ -75,7 +70,8 @@ def _build(path: str, state: Dict[str, Any], settings: Any, task: Any) -> nn.Mod
         with torch.random.fork_rng(devices=[]):
             models, _ = checkpoint_utils.load_model_ensemble([path], task=own, state=state)
     except Exception as error:
-        raise ValueError(_does_not_fit(path, settings, task, error)) from error
+        # What torch says of shapes takes many lines; any other error may need its traceback.
+        raise ValueError(_does_not_fit(path, settings, task, error)) from (None if _MISMATCH.search(str(error)) else error)
     return models[0]
 
 
@@ -147,6 +143,11 @@ def _data(settings: Any) -> Optional[str]:
         return settings.task.data
     except Exception:
         return None
+
+
+def digest(dictionary: Any) -> str:
+    """The sha256 of a fairseq dictionary's symbols, in their order."""
+    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
 
 
 def _words(dictionary: Any) -> str:

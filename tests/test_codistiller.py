@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import threading
+import time
 
 import pytest
 import torch
@@ -388,20 +389,25 @@ def test_lockstep_waits_for_a_dead_peer_once_until_it_shows_life():
     assert has_waited(36)
 
 
-def test_a_storage_that_hangs_is_waited_for_once_in_lockstep(monkeypatch):
+@pytest.mark.parametrize("what", ["peer1", "peer1/u000000004.s", "peer1/u000000008.s"])
+def test_a_storage_that_hangs_is_waited_for_once_in_lockstep(monkeypatch, what):
     monkeypatch.setattr(courier_module, "_MOMENT", 0.01)
-    monkeypatch.setattr(codistiller_module, "LOCKSTEP_WAIT", 0.2)
     store, waits = Gate(), []
-    me = codistiller(store, 0, lockstep=True)
+    me, other = codistiller(store, 0, lockstep=True, wait=0.1), codistiller(store, 1)
     me.teaching(0)
-    store.reading = "peer1"
-    me._meeting._sleep = waits.append
-    train(me, 5, start=1)
-    assert waits
-    del waits[:]
-    me._courier.teachers, me._meeting.read = [], lambda *_: None
-    train(me, 13, start=5)
-    assert not waits
+    train(other, 41)  # it is far ahead, and keeps its last snapshots
+    facts = dict(epoch=1, fingerprint=fingerprint(Model()), model={}, time=0.0)
+    for update in (4, 8, 12):
+        other.exchange.publish(tensors_of(Model(update)), update, needed_from=0, **facts)
+    store.reading = what
+    me._meeting._sleep = lambda seconds: (waits.append(seconds), time.sleep(seconds))
+    waited = []
+    for update in range(1, 13):
+        me.teaching(update)
+        waited.append(len(waits))
+        del waits[:]
+    hung = 8 if "8" in what else 4
+    assert [update for update in range(1, 13) if waited[update - 1]] == [hung], "and its reader is left alone after that"
     store.open.set()
 
 

@@ -52,7 +52,11 @@ LAYERS = {
     },  # fmt: skip
     "teachers": {"output_layer"},
     "fairseq_log": set(),
-    "launch_plan": set(),
+    "launch_hydra": set(),
+    "launch_command": {"launch_hydra"},
+    "launch_checks": {"launch_command"},
+    "launch_outputs": {"launch_command"},
+    "launch_plan": {"launch_checks", "launch_command", "launch_outputs"},
     "output": set(),
     "paths": set(),
     "launch_checkpoint": set(),
@@ -64,8 +68,11 @@ LAYERS = {
     "launch_supervisor": {
         "launch_checkpoint", "launch_error", "launch_guard", "launch_peer", "launch_plan", "launch_view", "output",
     },  # fmt: skip
+    "launch_cost": {"launch_view", "topology"},
+    "launch_preview": {"launch_cost", "launch_plan", "launch_view", "observer", "stores"},
+    "launch_slurm": {"launch_checkpoint", "launch_command", "launch_outputs", "launch_plan"},
     "launch_status": {"launch_view", "manifest", "observer", "output", "stores"},
-    "launch": {"launch_plan", "launch_status", "launch_supervisor", "launch_view", "output"},
+    "launch": {"launch_plan", "launch_preview", "launch_status", "launch_supervisor", "launch_view", "output"},
     "report_log": {"fairseq_log"},
     "report_summary": {"fairseq_log", "report_log"},
     "report_notes": {"fairseq_log", "report_log", "report_summary"},

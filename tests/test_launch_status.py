@@ -20,7 +20,8 @@ from torch import nn
 
 from fairseq_codistill import launch
 from fairseq_codistill.exchange import Exchange, Run
-from fairseq_codistill.launch_status import age_text, size
+from fairseq_codistill.launch_status import age_text
+from fairseq_codistill.launch_view import size
 from fairseq_codistill.manifest import BadSnapshot, Manifest, Presence, file_name
 from fairseq_codistill.observer import PEERS_LIMIT, Age, Observer, age_by_its_clock, find_exchange, plain, read_run
 from fairseq_codistill.snapshot import fingerprint, tensors_of
@@ -240,7 +241,7 @@ def test_the_layout_is_the_exchanges_own(tmp_path, capsys):
         code, out, _ = status(capsys, path, "--json")
         told = json.loads(out)
         assert code == 0 and told["run"] == {"peers": 2, "classes": None, "dictionary_sha256": None}
-        assert [row["state"] for row in told["peers"]] == ["unknown", "absent"]
+        assert [row["state"] for row in told["peers"]] == ["waiting", "absent"]
         assert told["peers"][0]["newest"]["update"] == 50 and told["peers"][0]["newest"]["valid_loss"] == 2.5
         assert told["peers"][0]["snapshot_age"] is None and told["peers"][0]["snapshot_clock_ahead"] < -1e9
 
@@ -469,6 +470,15 @@ def test_a_reader_that_has_seen_enough_ends_it_well(exchange):
     watching.stdout.close()
     assert watching.wait(30) == 0 and watching.stderr.read() == b""
     watching.stderr.close()
+
+
+def test_a_look_that_cannot_be_written_is_an_error(exchange):
+    for argv in ((), ("--json",), ("--watch", "--seconds", "0.1")):
+        with open("/dev/full", "w") as full:
+            looking = command(exchange.root, *argv, stdout=full, stderr=subprocess.PIPE, text=True)
+        _, err = looking.communicate(timeout=30)
+        assert looking.returncode == 2
+        assert err == "codistill-launch status: what it shows cannot be written: No space left on device\n"
 
 
 def test_a_save_dir_without_an_exchange_of_its_own(exchange, tmp_path):

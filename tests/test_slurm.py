@@ -141,6 +141,8 @@ def test_two_groups_codistill_through_preemption_and_time_limit(slurm, data, tmp
     options += f" --save-interval-updates 10 --keep-interval-updates 2 --max-update {UPDATES}"
     # Lockstep makes the test independent of time: a peer that is stopped is waited for.
     options += " --criterion codistill_ce --codistill-interval 10 --codistill-loss ce --codistill-sync --codistill-wait 200"
+    # It begins from here, and would again at every start.
+    options += " --restore-file not_there.pt --reset-optimizer --reset-meters --reset-dataloader"
     words = f"--peers 2 --gpus-per-peer 0 --ntasks 2 -- fairseq-train {data} --user-dir {PLUGIN} --save-dir run"
     job = slurm.submit(tmp_path, *words.split(), *MODEL.split(), *TRAINING.split(), *options.split())
     logs = [tmp_path / f"run/peer{i}/train.log" for i in range(2)]
@@ -195,15 +197,20 @@ def test_a_cancelled_job_stays_cancelled_and_its_peers_hear_of_it(slurm, tmp_pat
 @needs_slurm
 def test_a_peer_that_fails_is_not_queued_again(slurm, tmp_path):
     program = fake_training(tmp_path, '[ "$CODISTILL_PEER" = 0 ] || exit 3; echo "$CODISTILL_PEERS $CODISTILL_DIR $@"')
-    job = slurm.submit(tmp_path, "--peers", "2", "--gpus-per-peer", "0", "--", program, "--save-dir=run", "--seed", "4")
+    given = "--save-dir=run --seed 4 --user-dir fairseq_codistill --tensorboard-logdir tb"
+    job = slurm.submit(tmp_path, "--peers", "2", "--gpus-per-peer", "0", "--", program, *given.split())
     until(lambda: not slurm.run("squeue", "-h"), "the end of both peers")
     states = [slurm.state(f"{job}_{peer}") for peer in range(2)]
     assert [state["JobState"] for state in states] == ["COMPLETED", "FAILED"] and states[1]["ExitCode"] == "3:0"
     told = text_of(tmp_path / "run/peer0/train.log").split()
     assert told[:2] == ["2", f"{tmp_path}/run/exchange"]
     assert " ".join(told[2:]) == (
-        "--save-dir=run --seed 4 --save-dir run/peer0 --seed 4 --log-format json --distributed-world-size 1"
+        f"--user-dir {PLUGIN} --save-dir run/peer0 --seed 4 --log-format json --tensorboard-logdir tb/peer0"
+        " --distributed-world-size 1"
     )
+    output = text_of(tmp_path / f"codistill-{job}_0.out")
+    assert "note: --tensorboard-logdir tb would be shared: peers get tb/peer0, tb/peer1" in output
+    assert "note: these are 2 unrelated runs" in output
 
 
 # --- what needs no Slurm ----------------------------------------------------------------------------------------------
@@ -273,10 +280,76 @@ def test_submit_refuses(words: Sequence[str], said: str, tmp_path):
         ({"SLURM_ARRAY_TASK_ID": "0"}, [], "a fairseq-train command must follow"),
         ({"SLURM_ARRAY_TASK_ID": "0"}, ["fairseq-hydra-train"], "must be fairseq-train, but is fairseq-hydra-train"),
         ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "1"}, ["fairseq-train"], "--array must begin with 0"),
-        ({"SLURM_ARRAY_TASK_ID": "0"}, ["fairseq-train", "--seed", "x"], "--seed must be a whole number, but is x"),
+        ({"SLURM_ARRAY_TASK_ID": "0"}, ["fairseq-train", "--seed", "x"], "--seed must be a whole number"),
+        (
+            {"SLURM_ARRAY_TASK_ID": "0"},
+            ["fairseq-train", "--user-dir", "x"],
+            "--user-dir must be a folder, but there is no 'x'",
+        ),
+        (
+            {"SLURM_ARRAY_TASK_ID": "0"},
+            ["fairseq-train", "--criterion=codistill_ce"],
+            "codistill_ce needs --user-dir, but none",
+        ),
     ],
 )
 def test_a_peer_refuses(variables: Dict[str, str], words: List[str], said: str, tmp_path):
-    command = ["bash", str(SCRIPTS / "peer.sbatch"), *words]
-    result = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, cwd=tmp_path)
+    result = started_peer(tmp_path, words, SLURM_ARRAY_TASK_COUNT="2", **variables)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and said in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("case, status", [("whole", 0), ("torn", 0), ("no room", 1)])
+def test_a_peer_does_not_begin_anew_because_its_checkpoint_is_torn(case: str, status: int, tmp_path):
+    folder, programs = tmp_path / "run/peer0", tmp_path / "bin"
+    folder.mkdir(parents=True)
+    programs.mkdir()
+    fake_training(programs, "touch ../begun").rename(programs / "srun")
+    (folder / "checkpoint_1_5.pt").write_bytes(b"PK\5\6" + bytes(18))  # a zip without files
+    (folder / "checkpoint_last.pt").write_bytes(b"PK\5\6" + bytes(18 if case == "whole" else 8))
+    if case == "no room":
+        (folder / "checkpoint_last.pt.mended").mkdir()  # the copy cannot be written
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment.update(SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_TASK_COUNT="1", SLURM_JOB_ID="1", SLURM_JOB_NODELIST="here")
+    (tmp_path / "work").mkdir()
+    command = ["bash", str(SCRIPTS / "peer.sbatch"), "fairseq-train", "--save-dir", str(tmp_path / "run")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path / "work")
+    assert result.returncode == status and (tmp_path / "begun").exists() == (status == 0), result.stderr
+    assert ("cannot be put in its place" in result.stderr) == (status == 1)
+    assert (folder / "checkpoint_last.pt.torn").exists() == (case == "torn")
+
+
+def started_peer(cwd: Path, words: Sequence[str], **variables: str) -> subprocess.CompletedProcess:
+    """peer.sbatch without Slurm: it is what it refuses, or gives to `srun`."""
+    path = os.pathsep.join([str(cwd), str(Path(sys.executable).parent), os.environ["PATH"]])
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CODISTILL_", "WANDB_"))}
+    command = ["bash", str(SCRIPTS / "peer.sbatch"), *words]
+    return subprocess.run(command, env={**clean, "PATH": path, **variables}, capture_output=True, text=True, cwd=cwd)
+
+
+def test_a_peer_that_has_begun_goes_on_and_has_its_own_of_everything(tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/bash\nprintf "%s\\n" "$CODISTILL_DIR" "$WANDB_NAME" "${@:8}"\n')
+    srun.chmod(0o755)
+    variables = {name: "1" for name in ("SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID", "SLURM_NTASKS")}
+    variables = {**variables, "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_JOB_NODELIST": "here", "WANDB_NAME": "a try"}
+    words = "fairseq-train D --save-dir X --restore-file base.pt --reset-optimizer --log-file l --lr 1".split()
+    first, second = "--restore-file base.pt --reset-optimizer --lr 1", "--lr 1"
+    for expected in (first, second, second):
+        done = started_peer(tmp_path, words, **variables)
+        assert done.returncode == 0, done.stderr
+        told = done.stdout.splitlines()[1:]
+        assert told[:2] == [f"{tmp_path}/X/exchange", "a try-peer1"]
+        assert " ".join(told[2:]) == (
+            f"fairseq-train D {expected} --save-dir X/peer1 --seed 10000001 --log-format json --log-file l.peer1"
+            " --distributed-world-size 1"
+        )
+        (tmp_path / "X/peer1/checkpoint_last.pt").write_bytes(b"\x80\x02")
+    assert "for a peer's first start alone" in done.stderr and "as peer1 does now" in done.stderr
+
+
+def test_a_peer_needs_the_plugin_for_its_commands(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/bash\necho No module named fairseq_codistill >&2; exit 1\n")
+    python.chmod(0o755)
+    done = started_peer(tmp_path, ["fairseq-train"], SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_TASK_COUNT="1")
+    assert done.returncode == 2 and "did you forget to activate its environment?" in done.stderr

@@ -99,6 +99,7 @@ def test_another_vocabulary(data, setting, tmp_path):
         told = str(error.value)
         assert told.startswith(f"codistill_teacher {path!r} does not fit this training: its encoder.embed_tokens.weight is [56")
         assert "but must be [48, " in told and words in told and "\n" not in told
+        assert error.value.__suppress_context__, "torch's many lines about shapes are not shown"
 
 
 def test_what_is_no_checkpoint(setting, tmp_path):

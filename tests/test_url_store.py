@@ -250,8 +250,8 @@ def test_publish_newest_fetch(bucket):
     assert (fetch(mine, 1, manifest)["weight"] == 1.5).all() and (fetch(mine, 1, mine.newest(1))["weight"] == 2.5).all()
     theirs.store.remove(f"peer1/{manifest.file}")
     assert fetch(mine, 1, manifest) is None, "it went meanwhile"
-    with pytest.raises(ValueError, match="same number of peers"):
-        Exchange(open_store(f"{bucket}/run"), 1).join(Run(3, RUN.dictionary_sha256, RUN.classes))
+    with pytest.raises(ValueError, match="same target dictionary"):
+        Exchange(open_store(f"{bucket}/run"), 1).join(Run(2, "cd" * 32, RUN.classes))
 
 
 def test_the_newest_few_are_kept(bucket):
@@ -261,13 +261,14 @@ def test_the_newest_few_are_kept(bucket):
         publish(exchange, update)
     kept = [name for name in exchange.store.names("peer0") if name.endswith(".safetensors")]
     assert kept == [f"u{update:09d}.safetensors" for update in (30, 40, 50)] and len(kept) == KEEP
+    exchange.leave()
     again = Exchange(open_store(f"{bucket}/run"), 0)
     again.join(RUN)
     publish(again, 35)  # resumed: what an earlier life left is found and counted
     kept = [name for name in again.store.names("peer0") if name.endswith(".safetensors")]
     assert kept == [f"u{update:09d}.safetensors" for update in (35, 40, 50)]
     again.forget()
-    assert again.newest(0) is None and again.store.names("peer0") == []
+    assert again.newest(0) is None and again.store.names("peer0") == ["alive.json"]
 
 
 def test_what_failed_on_the_way_teaches_nothing(proxy, bucket):
@@ -515,3 +516,28 @@ def test_a_path_needs_no_fsspec(monkeypatch, tmp_path):
         assert isinstance(store, DirectoryStore) and str(store) == str(tmp_path / "run") and store.write("x", b"1")
     with pytest.raises(ImportError):
         open_store("s3://bucket/run")
+
+
+def test_parts_of_an_upload_that_was_killed_are_removed_at_the_next_join(bucket):
+    """My own alone: another peer's, and what else lies in the bucket, may be under way."""
+    store = UrlStore(f"{bucket}/run")
+    names = ("run/peer0/u000000001.safetensors", "run/peer01/x", "run/peer1/u000000001.safetensors", "other")
+    for name in names:
+        upload = store._fs.call_s3("create_multipart_upload", Bucket=bucket[5:], Key=name)
+        place = {"Bucket": bucket[5:], "Key": name, "UploadId": upload["UploadId"]}
+        store._fs.call_s3("upload_part", PartNumber=1, Body=b"x" * 5 * MIB, **place)
+    Exchange(store, 0).join(RUN)
+    assert {upload["Key"] for upload in store._fs.list_multipart_uploads(bucket[5:])} == set(names[1:])
+
+
+def test_who_may_not_list_uploads_joins_all_the_same(proxy, bucket):
+    store = quick(f"{bucket}/run")
+    store._ask = lambda method, *args, ask=store._ask, **options: (
+        _refuse() if method == "call_s3" else ask(method, *args, **options)
+    )
+    Exchange(store, 0).join(RUN)
+    assert Exchange(store, 0).presence(0).state == "waiting"
+
+
+def _refuse():
+    raise OSError(errno.EACCES, "the server answered 403 AccessDenied")

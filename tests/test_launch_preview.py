@@ -50,9 +50,8 @@ def test_data_that_is_not_there(programs, tmp_path: Path, capsys, words: str, se
 
 @pytest.mark.parametrize(
     "words",
-    ["fairseq-train D:D", "fairseq-train --task dummy_lm", "fairseq-train s3://bucket/data", "sh -c true",
-     "fairseq-hydra-train task.data=relative"],
-)  # fmt: skip
+    ["fairseq-train D:D", "fairseq-train --task dummy_lm", "fairseq-train s3://bucket/data", "sh -c true"],
+)
 def test_data_that_is_there_or_cannot_be_judged(programs, capsys, words: str) -> None:  # noqa: F811
     assert launched(capsys, f"--peers 2 --log-dir L -- {words}")[0] == 0
 

@@ -805,3 +805,13 @@ def test_the_command_starts_without_fairseq_torch_or_matplotlib():
     folder = Path(report.__file__).parent.parent
     found = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_full_disk_under_stdout_loses_no_file_and_is_an_error(root):
+    code = "import sys; sys.argv = ['codistill-report']; from fairseq_codistill import report; "
+    code += f"sys.exit(report.main([{str(root)!r}]))"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=Path(report.__file__).parent.parent, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("but not shown: No space left on device.\n")
+    assert sorted(os.listdir(root / "report")) == ["curves.png", "results.json", "table.md"]

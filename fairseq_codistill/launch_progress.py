@@ -25,6 +25,9 @@ class LogFollower:
     train_nll: Optional[float] = None
     valid_nll: Optional[float] = None
     best_valid_nll: Optional[float] = None
+    metric: str = ""  # what chooses checkpoint_best.pt where that is no NLL: bleu, top1
+    score: Optional[float] = None  # of that metric, in the newest validation
+    best_score: Optional[float] = None  # as fairseq tells it, earlier processes included
     alpha: Optional[float] = None
     staleness: Optional[float] = None
     agreement: Optional[float] = None
@@ -53,6 +56,7 @@ class LogFollower:
         if limits:
             self._max_epoch, self._max_update = int(limits[1]), int(limits[2])
             self.total = self._max_update if self._max_update > 0 else None
+        self.metric = fairseq_log.choosing_metric(fairseq_log.parse_settings(line)) or self.metric
         for record in fairseq_log.parse_records(line):
             self.phase, self.update, self.epoch = "training", record.update, record.epoch
             if record.tag in ("train_inner", "train"):
@@ -79,6 +83,9 @@ class LogFollower:
         if nll is None or self._valid_subset not in ("", record.tag):
             return
         self._valid_subset, self.valid_nll = record.tag, nll
+        self.score = record.values.get(self.metric)
+        before = self.score if self.best_score is None else self.best_score
+        self.best_score = record.values.get(f"best_{self.metric}", before)
         self.validations.append(nll)
         self.best_valid_nll = min((value for value in self.validations if value == value), default=nll)  # not NaN
 

@@ -65,11 +65,18 @@ def progress_line(peer: Peer) -> str:
     parts += [f"epoch {seen.epoch}"] if seen.epoch is not None else []
     parts += [f"loss {seen.train_nll:.3f}"] if seen.train_nll is not None else []
     parts += [f"valid nll {seen.valid_nll:.3f} (best {seen.best_valid_nll:.3f})"] if seen.validations else []
+    if seen.score is not None:
+        parts.append(f"valid {seen.metric} {seen.score:.2f} (best {text_of(seen.best_score, '.2f')})")
     parts += [f"alpha {seen.alpha:.3g}"] if seen.alpha is not None else []
     parts += [f"staleness {staleness_text(seen.staleness)}"] if seen.staleness is not None else []
     parts += [f"agreement {seen.agreement:.0%}"] if seen.agreement is not None else []
     parts += [f"{seen.ups:.3g} updates/s, {duration(seen.seconds_left)} left"] if seen.ups else []
     return " | ".join(parts)
+
+
+def metric_of(peers: Sequence[Peer]) -> str:
+    """What other than the NLL chooses the best checkpoint; "" for none."""
+    return next((peer.progress.metric for peer in peers if peer.progress.metric), "")
 
 
 def resources(plan: PeerPlan) -> str:
@@ -227,6 +234,8 @@ class LiveView(PlainView):
             ("valid", 40, self._valid),
             ("best", 100, lambda peer: text_of(peer.progress.best_valid_nll, ".3f")),
             ("", 120 if self.is_utf8 else sys.maxsize, lambda peer: sparkline(peer.progress.validations)),
+            (metric_of(peers), max(60, logged("score")), lambda peer: text_of(peer.progress.score, ".2f")),
+            (f"best {metric_of(peers)}", max(100, logged("score")), lambda peer: text_of(peer.progress.best_score, ".2f")),
             ("alpha", max(70, logged("alpha")), lambda peer: text_of(peer.progress.alpha, ".3g")),
             ("stale", max(80, logged("staleness")), lambda peer: staleness_text(peer.progress.staleness)),
             ("agree", max(100, logged("agreement")), lambda peer: text_of(peer.progress.agreement, ".0%")),
@@ -285,10 +294,12 @@ def _summary(peers: Sequence[Peer], is_ascii: bool, with_logs: bool) -> Any:
     from rich.table import Table
 
     table = Table(box=box.ASCII2 if is_ascii else box.SIMPLE_HEAD)
-    for name in ("peer", "status", "updates", "best valid nll", "restarts", "time", "log")[: 7 if with_logs else 6]:
+    metric = [f"best valid {metric_of(peers)}"] if metric_of(peers) else []
+    for name in ["peer", "status", "updates", "best valid nll", *metric, "restarts", "time", *["log"] * with_logs]:
         table.add_column(name, justify="left" if name in ("status", "log") else "right", no_wrap=name == "log")
     for peer in peers:
         best, update = text_of(peer.progress.best_valid_nll, ".3f"), text_of(peer.progress.update)
-        row = (peer.plan.index, peer.state, update, best, peer.restarts, duration(peer.seconds), peer.plan.log)
-        table.add_row(*map(str, row[: 7 if with_logs else 6]))
+        scores = [best, *[text_of(peer.progress.best_score, ".2f")] * len(metric)]
+        row = [peer.plan.index, peer.state, update, *scores, peer.restarts, duration(peer.seconds)]
+        table.add_row(*map(str, row + [peer.plan.log] * with_logs))
     return table

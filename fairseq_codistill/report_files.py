@@ -9,6 +9,7 @@ A log under any other name than train.log is a method of its own.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -54,9 +55,11 @@ def locate(log: Path) -> Place:
     return Place(log, peer, run, seed, method)
 
 
-def find_logs(path: Path) -> list[Place]:
+def find_logs(path: Path, unreadable: Callable[[OSError], None]) -> list[Place]:
     """The logs at or below `path`; beside peer*/train.log a train.log of the run itself is no peer's."""
-    places = [locate(path)] if path.is_file() else [locate(log) for log in sorted(path.rglob("train.log"), key=natural)]
+    folders = [] if path.is_file() else os.walk(path, onerror=unreadable)
+    logs = [Path(at, "train.log") for at, *names in folders if "train.log" in itertools.chain(*names)]
+    places = [locate(path)] if path.is_file() else [locate(log) for log in sorted(logs, key=natural)]
     with_peers = {place.run for place in places if place.peer}
     places = [place for place in places if place.peer or place.run not in with_peers]
     if not places:
@@ -83,7 +86,7 @@ def check_path(path: Path) -> None:
 def split_label(argument: str) -> tuple[str, Path]:
     """LABEL=PATH -> (LABEL, PATH); a path that exists is a path, whatever its name."""
     label, equals, path = argument.partition("=")
-    if not equals or os.path.exists(argument):
+    if (argument and not equals) or os.path.exists(argument):
         return "", Path(os.path.abspath(expanded(argument)))
     if not label.strip() or not path:
         raise ReportError(f"RUN must be PATH or LABEL=PATH, but is {argument!r} instead.")
@@ -99,7 +102,7 @@ def group(arguments: Sequence[str], into: Found) -> dict[str, list[Place]]:
     named = [split_label(argument) for argument in arguments]
     for _, path in named:
         check_path(path)
-    found = [(label, path, into.read(find_logs, path) or []) for label, path in named]
+    found = [(label, path, into.read(lambda path: find_logs(path, into.cannot_read), path) or []) for label, path in named]
     labelled = {place.log for label, _, places in found for place in places if label}
     groups: dict[Any, tuple[str, dict[Place, None]]] = {}  # LABEL or method's folder -> name in the table, logs
     for label, path, places in found:
@@ -134,10 +137,15 @@ class Found:
         try:
             return reader(file)
         except ReportError as error:
-            self.broken[file] = str(error)
+            self.broken.setdefault(file, str(error))
         except OSError as error:
-            self.broken[file] = f"{file} cannot be read: {error.strerror}."
+            self.cannot_read(error, file)
         return None
+
+    def cannot_read(self, error: OSError, file: Path | None = None) -> None:
+        """`file`: for an error that comes while reading, and so names none."""
+        at = Path(file or error.filename)
+        self.broken[at] = f"{at} cannot be read: {error.strerror}."
 
     def load(self, label: str, places: Sequence[Place]) -> None:
         """Add the method whose logs these are."""

@@ -21,6 +21,7 @@ import sys
 import termios
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -934,3 +935,26 @@ def test_terminal_shows_the_table_and_ctrl_c_lets_peers_end_well(programs, tmp_p
 
 def test_a_teacher_that_is_ahead() -> None:
     assert [launch_view.staleness_text(age) for age in (None, 25.4, 0, -0.4, -1)] == ["-", "25", "0", "0", "1 ahead"]
+
+
+def test_what_chooses_the_checkpoint_is_shown(programs, capsys) -> None:
+    """BLEU beside the NLL, its best in fairseq's own words; and nothing of it where the NLL chooses."""
+    chosen = "'best_checkpoint_metric': 'bleu', 'maximize_best_checkpoint_metric': True, 'criterion': {'_name': 'x'}}"
+    told = TRAINING.replace("'optimization': {", "'checkpoint': {" + chosen + ", 'optimization': {")
+    programs(told.replace('"valid_num', '"valid_bleu": "30.1", "valid_best_bleu": "31.5", "valid_num'))
+    assert launch.main("--peers 2 -- fairseq-train D --save-dir X".split()) == 0
+    out = capsys.readouterr().out
+    assert "valid nll 4.500 (best 4.500) | valid bleu 30.10 (best 31.50)" in out
+    assert re.search(r"best valid nll \| best valid bleu \| restarts", out) and re.search(r"4\.500 \| +31\.50 \| +0 \|", out)
+
+    seen = launch_progress.LogFollower()
+    seen.feed("{" + chosen + "\n" + '{"epoch": 1, "valid_loss": "5", "valid_bleu": "2", "valid_num_updates": "1"}\n')
+    assert (seen.metric, seen.score, seen.best_score) == ("bleu", 2, 2), "fairseq tells no best of the first"
+    peers = [types.SimpleNamespace(progress=progress, restarts=0) for progress in (seen, launch_progress.LogFollower())]
+    columns = {name: (width, cell) for name, width, cell in launch_view.LiveView._columns(VIEW, peers)}
+    assert columns["bleu"][0] < 80 and [columns["bleu"][1](peer) for peer in peers] == ["2.00", "-"]
+    without = launch_view.LiveView._columns(VIEW, peers[1:])
+    assert all(width == sys.maxsize for name, width, _ in without if name in ("", "best ")), "hidden on every terminal"
+
+
+VIEW = types.SimpleNamespace(is_utf8=False, _state=None, _bar=None, _valid=None)

@@ -39,6 +39,8 @@ import prepare as prepare_corpus  # noqa: E402
 import sweep  # noqa: E402
 import sweeping  # noqa: E402
 
+from fairseq_codistill import report  # noqa: E402
+
 
 def write_source(folder: Path, pairs: int = 30) -> Path:
     """Texts under Multi30k's names, some of them gzipped. Ω stands in a test set alone."""
@@ -669,11 +671,11 @@ def write_ted(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
-    """iwslt14_de_en from published texts to scores.md: its data and its run."""
+    """iwslt14_de_en from published texts to scores.md, BLEU choosing the checkpoint: its data and its run."""
     folder = tmp_path_factory.mktemp("iwslt")
     options = ["--source", str(write_ted(folder / "texts")), "--out", str(folder / "data"), "--vocab", "30", "--jobs", "1"]
     assert prepare_corpus.main(["iwslt14_de_en", *options]) == 0
-    tiny = {**TINY, "KEEP": 3, "AVERAGE": 2, "NLL_SETS": "", "TOKENS": 400, "SYNC": 1, "SEED": 1}
+    tiny = {**TINY, "KEEP": 3, "AVERAGE": 2, "NLL_SETS": "", "TOKENS": 400, "SYNC": 1, "SEED": 1, "EVAL_BLEU": 1}
     del tiny["TEST_SETS"]
     tiny["FAIRSEQ_GENERATE"] += " --max-len-b 20"
     for name, arguments in (("train.sh", []), ("evaluate.sh", [str(folder / "runs/codistill_mse/seed1")])):
@@ -693,6 +695,19 @@ def test_from_published_texts_to_scores(scored):
     assert "case:lc" in scores["ensemble.test_average2.sacrebleu.json"]["signature"]
     assert "tok:13a" in scores["ensemble.test_average2.sacrebleu.json"]["signature"]
     assert "tok:none" in scores["ensemble.test_tokenised_average2.sacrebleu.json"]["signature"]
+
+
+def test_bleu_has_chosen_the_checkpoint(scored, tmp_path, capsys):
+    import torch
+
+    _, run, _ = scored
+    for peer in ("peer0", "peer1"):
+        bleus = re.findall(r'"valid_bleu": "([0-9.]+)"', (run / peer / "train.log").read_text())
+        assert len(bleus) == 3
+        best = torch.load(run / peer / "checkpoint_best.pt", weights_only=True)["extra_state"]["best"]
+        assert best == max(map(float, bleus))
+    assert report.main([str(run), "--out", str(tmp_path)]) == 0
+    assert "best valid bleu" in capsys.readouterr().out
 
 
 def test_what_is_scored_is_text(scored):

@@ -696,6 +696,7 @@ TRACEBACK = "Traceback (most recent call last):\n  File x, line 1\nValueError: n
 BAD = {
     "no path": (lambda tmp_path: tmp_path / "nowhere", "nowhere does not exist"),
     "no path behind a label": (lambda tmp_path: f"x={tmp_path / 'nowhere'}", "nowhere does not exist"),
+    "nothing": (lambda tmp_path: "", "RUN must be PATH or LABEL=PATH, but is '' instead"),
     "label only": (lambda tmp_path: "x=", "RUN must be PATH or LABEL=PATH, but is 'x=' instead"),
     "no label": (lambda tmp_path: f"={tmp_path}", "RUN must be PATH or LABEL=PATH"),
     "no log": (empty_folder, "must have a train.log in or below it, as codistill-launch writes it, but"),
@@ -709,7 +710,7 @@ BAD = {
     "a pipe": (lambda tmp_path: os.mkfifo(tmp_path / "train.log") or tmp_path, "train.log must be a file, but is a pipe"),
     "a named pipe": (named_pipe, "RUN must be a file or a folder, but"),
     "a link to nothing": (
-        lambda tmp_path: (tmp_path / "train.log").symlink_to("gone") or tmp_path, "has none; name the log itself",
+        lambda tmp_path: (tmp_path / "train.log").symlink_to("gone") or tmp_path, "train.log cannot be read: No such file",
     ),
     "only begun": (silent_log(config_line()), "has none yet; has the training failed, or only just begun?"),
     "empty": (silent_log(" \n"), "has none yet; has the training failed, or only just begun?"),
@@ -751,6 +752,25 @@ def test_a_broken_run_costs_no_other_run(root, capsys, no_figure):
     assert "test_2.sacrebleu.json must be a file, but is a pipe" in error and error.count("\n") == 2
     left_out = "WARNING: left out, for it could not be used: codist/seed2/peer1/test_2.sacrebleu.json, failed/peer0/train.log."
     assert left_out in out and left_out in (root / "report/table.md").read_text()
+
+
+def test_what_the_disk_refuses_is_told_and_the_rest_is_shown(root, capsys, monkeypatch, no_figure):
+    (root / "codist/seed2/peer0/train.log").unlink()
+    (root / "codist/seed2/peer0/train.log").symlink_to("/proc/self/mem")  # opens, and fails at the first read
+    make_run(root / "locked", [[4.0]])
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path) == str(root / "locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    status, out, error = run_main(capsys, root)
+    assert status == 1 and "| alone" in out and "| codist" in out
+    assert f"{root}/locked cannot be read: Permission denied.\n" in error and error.count("\n") == 2
+    assert "seed2/peer0/train.log cannot be read: Input/output error.\n" in error
+    assert f"{root}/locked cannot be read" in run_main(capsys, root / "locked")[2]
 
 
 def test_out_that_cannot_be_written(root, tmp_path, capsys):

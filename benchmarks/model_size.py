@@ -94,8 +94,9 @@ def _numbers_in_safetensors(path: str) -> int:
 def _numbers_in_checkpoint(path: str) -> int:
     import torch
 
-    import fairseq_codistill  # noqa: F401  (allows the classes that fairseq's checkpoints hold, so that loading stays safe)
+    from fairseq_codistill import compat
 
+    compat.allow_checkpoint_classes()
     weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
     tensors = {(t.data_ptr(), t.shape): t for t in weights.values() if t.numel()}  # tied ones once
     return sum(tensor.numel() for tensor in tensors.values())

@@ -36,6 +36,7 @@ class Accuracy(NamedTuple):
 
 def find_files(places: Sequence[str]) -> List[str]:
     """The image files among `places` and below them, sorted within each. Raises ValueError if there is none."""
+    compat.load_torchvision()
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     files: List[str] = []

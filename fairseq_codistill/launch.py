@@ -1,11 +1,12 @@
 r"""`codistill-launch`: one fairseq job for each peer, started, shown and stopped together.
 
     codistill-launch --peers 2 -- \
-        fairseq-train DATA --user-dir fairseq_codistill --criterion codistill_ce --save-dir RUN …
+        fairseq-train DATA --user-dir "$(codistill-launch --user-dir)" --criterion codistill_ce --save-dir RUN …
 
 Peer i runs the same command with `--save-dir RUN/peer{i}`, `--seed S + i·10,000,000` and `--log-format json`, in a
 process group of its own; it finds CODISTILL_PEER, CODISTILL_PEERS and CODISTILL_DIR in its environment and writes to
-RUN/peer{i}/train.log. `codistill-launch status RUN` shows who takes part; see `launch_status`.
+RUN/peer{i}/train.log. `codistill-launch status RUN` shows who takes part; see `launch_status`. `codistill-launch --user-dir`
+prints the path of this package, which every fairseq command needs as its --user-dir.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="codistill-launch",
         allow_abbrev=False,
-        usage="codistill-launch --peers N [options] -- COMMAND ...\n       codistill-launch status DIR [options]",
+        usage="codistill-launch --peers N [options] -- COMMAND ...\n       codistill-launch status DIR [options]\n"
+        "       codistill-launch --user-dir",
         description="Start one fairseq job for each peer, show them all, stop them together.",
         epilog="`codistill-launch status DIR` shows who takes part in a run, also one that others have started. "
         "Any other command than fairseq-train or fairseq-hydra-train (a script, a Slurm step) only gets its "
@@ -50,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-dir", metavar="DIR", help="logs go to DIR/peer{i}/train.log (default: the command's --save-dir)")
     add("--grace", type=float, default=15.0, metavar="SECONDS", help="from the signal to stop to SIGKILL (default: 15)")
     add("--dry-run", action="store_true", help="only print the peers' commands, and what they cost, as comments")
+    add("--user-dir", action="store_true", help="print the path that fairseq commands need as their --user-dir, and end")
     add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -58,6 +61,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Our options, and the command after the first `--`. Raises ValueError with one sentence."""
     split = list(argv).index("--") if "--" in argv else len(argv)
     options = _parser().parse_args(list(argv[:split]))
+    if options.user_dir:
+        raise ValueError("--user-dir stands alone, and prints a path; did you mean the command's own, which follows `--`?")
     # A `--` after the command has begun is the command's own: srun -- fairseq-train.
     options.command += list(argv[split if options.command else split + 1 :])
     if options.peers < 1:
@@ -91,6 +96,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "status":
         return launch_status.main(argv[1:])
+    if list(argv) == ["--user-dir"]:
+        print(os.path.dirname(os.path.abspath(__file__)))
+        return 0
     try:
         options = parse_arguments(argv)
         plan = make_plan(options, os.environ)

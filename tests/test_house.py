@@ -88,7 +88,9 @@ LAYERS = {
     "nesterov": set(),
     "image_classification": {"compat", "image_folder", "image_options", "image_transforms", "lr_schedules"},
     "image_predict": {"compat", "image_classification", "image_folder", "image_models", "paths"},
-    "__init__": {"compat", "criterion", "image_classification", "image_models", "lr_schedules", "nesterov"},
+    "plugin": {"compat", "criterion", "image_classification", "image_models", "lr_schedules", "nesterov"},
+    "registration": set(),  # it imports plugin when fairseq is there
+    "__init__": {"registration"},
 }
 # Which libraries a room may know of, where that is a rule; the commands must start without fairseq and torch.
 FOREIGN = {
@@ -98,7 +100,7 @@ FOREIGN = {
     "run": set(), "others": set(), "membership": set(), "structure": set(),
     "url_store": {"fsspec"}, "courier": {"torch"}, "replica": {"torch"},
     "codistiller": {"torch"}, "group": {"torch"}, "hook": set(), "worker": set(), "wrapping": set(), "ending": set(),
-    "data_order": set(), "config": {"fairseq", "omegaconf"},
+    "data_order": set(), "config": {"fairseq", "omegaconf"}, "__init__": set(), "registration": set(),
 }  # fmt: skip
 LIBRARIES = {"torch", "fairseq", "safetensors", "omegaconf", "numpy", "matplotlib", "rich", "fsspec", "hydra"}
 

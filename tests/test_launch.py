@@ -46,7 +46,6 @@ import fcntl, sys, termios
 terminal = sys.argv.pop(1) == "terminal"
 if terminal:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-sys.argv[0] = "codistill-launch"
 from fairseq_codistill.launch import main
 sys.exit(main())
 """
@@ -268,7 +267,7 @@ def test_bad_input_is_one_sentence(programs, tmp_path: Path, capsys, argv: str, 
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; sys.argv[0] = 'codistill-launch'\nfrom fairseq_codistill.launch import main\n"
+    code = "import sys\nfrom fairseq_codistill.launch import main\n"
     code += "try: main(['--help'])\nexcept SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
     root = Path(launch.__file__).parents[1]
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

@@ -405,7 +405,7 @@ def test_the_largest_run_is_shown_soon(exchange, capsys):
 
 # In a process of its own.
 
-COMMAND = "import sys; sys.argv[0] = 'codistill-launch'; from fairseq_codistill.launch import main; sys.exit(main())"
+COMMAND = "import sys; from fairseq_codistill.launch import main; sys.exit(main())"
 
 
 def command(*argv, **options) -> subprocess.Popen:

@@ -782,7 +782,7 @@ def test_out_that_cannot_be_written(root, tmp_path, capsys):
 
 def test_a_reader_that_leaves_early_loses_no_file(root):
     code = (
-        "import sys; sys.argv = ['codistill-report']; from fairseq_codistill import report; "
+        "import sys; from fairseq_codistill import report; "
         f"sys.exit(report.main([{str(root)!r}]))"
     )
     command = subprocess.Popen(
@@ -799,7 +799,7 @@ def test_a_reader_that_leaves_early_loses_no_file(root):
 
 def test_the_command_starts_without_fairseq_torch_or_matplotlib():
     code = (
-        "import sys; sys.argv = ['codistill-report']; from fairseq_codistill import report; "
+        "import sys; from fairseq_codistill import report; "
         "print(sorted({'fairseq', 'torch', 'matplotlib', 'rich', 'numpy'} & set(sys.modules)))"
     )
     folder = Path(report.__file__).parent.parent

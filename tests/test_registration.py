@@ -243,3 +243,11 @@ def test_installed_without_the_clone(installed, data, tmp_path):
     options = f"--save-dir run {MODEL} {TRAINING} --criterion codistill_ce --max-update 2"
     log = python("-m", "own.train", data, *options.split(), "--user-dir", user_dir, path=[installed, tmp_path], cwd=tmp_path)
     assert column(log, "train_inner", "num_updates") == [1, 2]
+
+
+def test_the_commands_user_dir_stands_alone(capsys):
+    from fairseq_codistill.launch import main
+
+    assert main(["--user-dir"]) == 0 and capsys.readouterr().out == f"{PLUGIN}\n"
+    assert main(["--user-dir", "--peers", "2", "--", "true"]) == 2
+    assert "--user-dir stands alone" in capsys.readouterr().err

@@ -5,8 +5,10 @@ r"""`codistill-launch`: one fairseq job for each peer, started, shown and stoppe
 
 Peer i runs the same command with `--save-dir RUN/peer{i}`, `--seed S + i·10,000,000` and `--log-format json`, in a
 process group of its own; it finds CODISTILL_PEER, CODISTILL_PEERS and CODISTILL_DIR in its environment and writes to
-RUN/peer{i}/train.log. `codistill-launch status RUN` shows who takes part; see `launch_status`. `codistill-launch --user-dir`
-prints the path of this package, which every fairseq command needs as its --user-dir.
+RUN/peer{i}/train.log. What else jobs would share each has for itself, too (`launch_outputs`).
+
+`codistill-launch status RUN` shows who takes part; see `launch_status`. `codistill-launch --user-dir` prints the path of this
+package, which every fairseq command needs as its --user-dir.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a training job writes to, listens on or names its run by, and how each peer gets its own.
 
 `OPTIONS` and `ENVIRON` list what fairseq has of this kind. What is not here: `--aim-repo` and `--wandb-project` hold many
-runs by design, and an AzureML run cannot be told apart by fairseq (see `warnings`).
+runs by design, and an AzureML run cannot be told apart by fairseq (see `notes`).
 """
 
 from __future__ import annotations

@@ -490,6 +490,20 @@ def test_a_torn_checkpoint_of_ones_own_comes_before_one_that_the_command_names(p
     assert "--restore-file" not in json.loads((tmp_path / "start0.0").read_text())["argv"]
 
 
+def test_a_restart_goes_on_from_what_the_peer_has_saved(programs, tmp_path: Path) -> None:
+    """And not from where the run began, which would be again and again."""
+    programs(
+        "save_dir = here / sys.argv[sys.argv.index('--save-dir') + 1]\n"
+        "if restart == 1: (save_dir / 'checkpoint_last.pt').write_bytes(b'another format')\nif restart < 2: sys.exit(9)"
+    )
+    words = "--peers 1 --max-restarts 2 -- fairseq-train D --save-dir X --restore-file base.pt --reset-meters"
+    assert launch.main(words.split()) == 0
+    told = [json.loads((tmp_path / f"start0.{restart}").read_text())["argv"] for restart in range(3)]
+    assert told[0] == told[1] and "base.pt" in told[1] and "--reset-meters" in told[1]
+    assert told[2] == "D --save-dir X/peer0 --seed 1 --log-format json".split()
+    assert "--restore-file" not in (tmp_path / "X/peer0/train.log").read_text().split("restart 2 |")[1]
+
+
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch):
     """Copies end half-way, as on a disk without room, until the test says otherwise."""

@@ -292,7 +292,7 @@ def test_a_command_that_would_fail_is_refused_at_once(elsewhere: Path, words: st
     with pytest.raises(ValueError) as refused:
         planned(f"fairseq-train D {words}")
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5, "fairseq takes half a minute to say it"
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def well_formed(record: Any) -> None:
             continue
         if name in ("time", "valid_loss", "speed"):
             assert isinstance(value, (int, float)) and -1e300 < value < 1e300, (name, value)
-        elif name in ("model", "structure", "teachers"):
+        elif name in ("model", "options", "structure", "teachers"):
             assert isinstance(value, dict), (name, value)
         elif name in ("file", "checksum", "dtype", "fingerprint", "life", "run", "state", "host"):
             assert isinstance(value, str) and len(value) <= 255, (name, value)

@@ -118,7 +118,19 @@ def is_run_id(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{8,64}", value) is not None
 
 
-_LATER: Dict[str, Any] = {"run": None, "structure": {}, "seed": None}  # fields that an older version does not write
+def _setting(value: object) -> bool:
+    """Of an option: fit to be compared and shown, whoever wrote it."""
+    if isinstance(value, list):
+        return len(value) < 1000 and all(type(number) in (int, float) for number in value)
+    return value is None or type(value) in (bool, int, float) or (_text(value) and len(str(value)) < 80)
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 255 and value.isprintable()
+
+
+# Fields that an older version does not write.
+_LATER: Dict[str, Any] = {"run": None, "structure": {}, "seed": None, "options": {}}
 _CHECKS = {
     "update": lambda v: _count(v) and v < 10**9,  # nine digits of the file's name
     "epoch": _count,
@@ -133,6 +145,7 @@ _CHECKS = {
     "resumes_from": _count,
     "done": lambda v: isinstance(v, bool),
     "run": lambda v: v is None or is_run_id(v),
+    "options": lambda v: isinstance(v, dict) and all(map(_setting, v.values())),
     "structure": lambda v: isinstance(v, dict) and all(isinstance(fact, str) for fact in v.values()),
 }
 
@@ -173,10 +186,6 @@ class Presence:
     def from_json(data: bytes) -> Presence:
         """Raises BadSnapshot unless every field is there, of its type, and in its range."""
         return Presence(**_fields_of(data, Presence, _PRESENCE_CHECKS, "sign of life"))
-
-
-def _text(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 255 and value.isprintable()
 
 
 _PRESENCE_CHECKS = {

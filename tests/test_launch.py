@@ -675,7 +675,9 @@ WAITING = "write(f'pid{me}', os.getpid())\nwhile True: time.sleep(0.05)\n"
 @pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP])
 def test_whatever_a_scheduler_sends_stops_all_in_order(programs, tmp_path: Path, number: int) -> None:
     programs("def on_term(*_):\n    write(f'term{me}')\n    sys.exit(0)\nsignal.signal(signal.SIGTERM, on_term)\n" + WAITING)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, which the launcher would inherit
     launcher = start(*"--peers 2 -- fairseq-train".split(), stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, before)
     pids = pids_of(tmp_path, 2)
     # A scheduler may send it to every process of the job; fairseq has no handler for these two, and does not die of them.
     if number in (signal.SIGUSR1, signal.SIGUSR2):

@@ -230,6 +230,10 @@ BAD_FIELDS = {
     "format": [2, None, "1"],
     "model": [[], None],
     "fingerprint": ["x" * 1000, 1],
+    # They are shown to the peer when it resumes; structure when two differ.
+    "options": ["α = 1", {"codistill_alpha": "\x1b[2J"}, {"codistill_milestones": ["3"]}, {"codistill_alpha": {}}, None],
+    "structure": [[], {"heads": 4}],
+    "run": ["x", 1],
 }
 
 

@@ -89,7 +89,7 @@ def test_without_any_thread_training_goes_on_and_exchanges_begin_when_there_are_
     me = codistiller(store, 0)
     assert train(me, 5) == [None] * 5
     assert "not all threads of the exchange could be started" in caplog.text
-    assert "the snapshot of update 4 was not published: no thread can be started" in caplog.text
+    assert caplog.text.count("was not published: no thread can be started") == 1, "of one reason there is one warning"
     lift()
     train(codistiller(store, 1), 9)
     assert train(me, 9, start=5)[-1] is not None and me.exchange.newest(0).update == 8

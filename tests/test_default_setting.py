@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Dict, Sequence
@@ -47,3 +48,12 @@ def test_what_cannot_be_compared_is_told(tmp_path, capsys):
     assert default_setting.main([str(tmp_path)]) == 2 and "a seed in common" in capsys.readouterr().err
     write_run(tmp_path / "alone/seed1", [{20: 1.0}])
     assert default_setting.main([str(tmp_path)]) == 2 and "at the same updates" in capsys.readouterr().err
+
+
+def test_the_readmes_table_is_that_of_the_committed_logs(monkeypatch, capsys):
+    readme = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    command = re.search(r"python benchmarks/default_setting\.py (.*)", readme)[1]
+    monkeypatch.chdir(ROOT)
+    assert default_setting.main(command.split()) == 0
+    shown = capsys.readouterr().out.split("\n\n")[0]
+    assert shown.count("\n") == 3 and shown in readme

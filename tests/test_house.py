@@ -139,31 +139,41 @@ def test_every_option_has_the_prefix():
     assert all(field.metadata.get("help") for field in own if field.name != "_name")
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Their default is none of the options' own: it comes from the environment or from other options.
 COMPUTED = {f"codistill_{name}" for name in ("peer", "peers", "dir", "interval", "alpha", "alpha_max")}
 
 
-def test_the_readme_has_every_option_with_its_default():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_options_has_every_option_with_its_default():
+    text = (ROOT / "docs/options.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(CodistillConfig):
         if field.name.startswith("codistill_"):
             row = re.search(rf"^\| `--{field.name.replace('_', '-')}` \| ([^|]+) \|", text, re.MULTILINE)
-            assert row, f"the README's table lacks --{field.name.replace('_', '-')}"
+            assert row, f"the table lacks --{field.name.replace('_', '-')}"
             shown = row[1].strip(" `")
             default = "none" if field.default is None else "off" if field.default is False else str(field.default)
             if field.name in COMPUTED:
                 assert shown not in ("", "none"), field.name
             else:
                 assert shown == default, field.name
-    documented = set(re.findall(r"--codistill-[a-z-]+[a-z]", text))
+    documented = set(re.findall(r"--codistill-[a-z-]+[a-z]", "\n".join(page.read_text(encoding="utf-8") for page in PAGES)))
     known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(CodistillConfig)}
-    assert documented <= known, f"the README names options that do not exist: {documented - known}"
+    assert documented <= known, f"README and docs name options that do not exist: {documented - known}"
 
 
-def test_the_readmes_files_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (ROOT / target).exists(), f"the README points to {target}, which is not there"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_the_pages_point_to_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        found = page.parent / target if target else page
+        assert found.exists(), f"{page.name} points to {target}, which is not there"
+        assert not heading or heading in headings(found), f"{page.name} points to {target}#{heading}, which is not there"
+
+
+def headings(page):
+    """As GitHub makes them addresses."""
+    titles = re.findall(r"^#+ (.+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("forbidden", [f"{ROOT}/", f"{Path.home()}/", "/tmp/"])

@@ -1,4 +1,4 @@
-"""The commands of the README really run: each of its code blocks is either run here or is what `make` runs."""
+"""The commands of the README and of docs/ really run: each of its code blocks is either run here or is what `make` runs."""
 
 import json
 import re
@@ -6,7 +6,8 @@ import shlex
 
 from fairseq_runs import MODEL, ROOT, column, command
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 TINY = ["--cpu", *MODEL.split(), "--max-update", "6", "--codistill-interval", "2", "--codistill-wait", "60"]
 TINY += ["--log-interval", "1", "--codistill-sync"]

@@ -122,15 +122,17 @@ class _Run:
         own = _Own(F.linear(features_nC, self.weight_VC, self.bias_V).to(self.wide))
         agreement: List[Tensor] = []
         dropped: List[Tensor] = []
+        behind: List[Tensor] = []
 
         def logits():
             for project, peer_features in peers:
                 peer_nV = project(peer_features).to(self.wide)
-                agreement.append(agrees(peer_nV, own.top_n).sum())
+                behind.append(guard.behind(peer_nV, own.top_n))
+                agreement.append((behind[-1] <= 0).sum())
                 yield peer_nV
                 del peer_nV  # before the next one is made
 
-        value_n, gradient_nV = _distance(self.objective, own, logits(), dropped)
+        value_n, gradient_nV = _distance(self.objective, own, logits(), behind, dropped)
         self.nll += (own.log_total_n - own.logits_nV.gather(-1, target_n.unsqueeze(-1)).squeeze(-1)).sum()
         self.distance += value_n.sum()
         self.agreement += sum(agreement) / len(agreement)
@@ -189,8 +191,11 @@ class _Own:
         return highest_n - probs_nV.gather(-1, self.top_n.unsqueeze(-1)).squeeze(-1).log()
 
 
-def _distance(objective: Objective, own: _Own, peers, dropped: List[Tensor]) -> Tuple[Tensor, Tensor]:
-    """D [n] and ∂D/∂logits [n, V], for the logits that `peers` yields one after another. `dropped`: see `losses`."""
+def _distance(
+    objective: Objective, own: _Own, peers, behind: List[Tensor], dropped: List[Tensor]
+) -> Tuple[Tensor, Tensor]:  # fmt: skip
+    """D [n] and ∂D/∂logits [n, V], for the logits that `peers` yields one after another, each with its `guard.behind` at the
+    end of `behind`. `dropped`: see `losses`."""
     name, temperature = objective.distance, objective.temperature
     if name not in _CLOSED:
         return AGGREGATE_GRADIENTS[objective.aggregate](name, own.logits_nV, peers, temperature, dropped)
@@ -198,10 +203,10 @@ def _distance(objective: Objective, own: _Own, peers, dropped: List[Tensor]) -> 
     teachers = map(lambda peer_nV: prepare(peer_nV, temperature), peers)
     factor = temperature if DISTANCES[name].mean_of == "probabilities" else 2 / own.logits_nV.size(-1)
     if objective.aggregate == "mean":
-        return _to_mean(name, own, teachers, temperature, factor, dropped)
+        return _to_mean(name, own, teachers, temperature, factor, behind, dropped)
     total: Optional[Tuple[Tensor, Tensor]] = None
     for teacher_nV in teachers:
-        *both, bad_n = _usable(name, own, *compare(own, teacher_nV, temperature))
+        *both, bad_n = _usable(name, own, *compare(own, teacher_nV, temperature), behind[-1], temperature)
         dropped.append(bad_n)
         total = _plus(total, both)
         del teacher_nV, both
@@ -213,22 +218,25 @@ def _plus(total: Optional[Tuple[Tensor, Tensor]], more: Sequence[Tensor]) -> Tup
     return (more[0], more[1]) if total is None else (total[0] + more[0], total[1].add_(more[1]))
 
 
-def _usable(name: str, own: _Own, value_n: Tensor, gradient_nV: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+def _usable(
+    name: str, own: _Own, value_n: Tensor, gradient_nV: Tensor, behind_n: Optional[Tensor] = None, temperature: float = 1.0
+) -> Tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """D and its gradient, 0 in the rows that were dropped; and which these are."""
     if DISTANCES[name].bounded:
         bad_n = ~value_n.isfinite()
+        bad_n = bad_n if behind_n is None else bad_n | guard.too_sure(behind_n, temperature)
     else:
         bad_n = guard.squared_unusable(value_n, own.logits_nV, DISTANCES[name].centred)
     return guard.zeroed(bad_n, value_n), guard.zeroed(bad_n, gradient_nV), bad_n
 
 
 def _to_mean(
-    name: str, own: _Own, teachers, temperature: float, factor: float, dropped: List[Tensor]
+    name: str, own: _Own, teachers, temperature: float, factor: float, behind: List[Tensor], dropped: List[Tensor]
 ) -> Tuple[Tensor, Tensor]:  # fmt: skip
     """As `_distance`, to the mean of the peers' rows that are usable."""
     mean_nV, usable = None, guard.Usable()
     for teacher_nV in teachers:
-        dropped.append(unfit(name, own.logits_nV, teacher_nV))
+        dropped.append(unfit(name, own.logits_nV, teacher_nV, behind[-1], temperature))
         usable.add(dropped[-1])
         guard.zeroed(dropped[-1], teacher_nV)
         mean_nV = teacher_nV if mean_nV is None else mean_nV.add_(teacher_nV)

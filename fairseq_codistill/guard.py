@@ -5,7 +5,10 @@ A row is dropped when its distance is not finite, and when two things are true o
 * it pulls harder than a target could: ‖∂D/∂logits‖ > √2·τ, the most that a cross entropy reaches;
 * the peer's logits lie farther from mine than twice the size of my own (without their mean, where the mean has no effect).
 
-`ce`, `kl` and `js` never pull that hard. Peers of one age keep the squared distances and `reverse_kl` below it, too; a
+`ce`, `kl` and `js` never pull that hard, but follow a peer wherever it points. Of them a row is dropped in which the peer finds
+its own top class e^50 times as likely as mine: a trained model is not that sure, one whose weights have exploded is.
+
+Peers of one age keep the squared distances and `reverse_kl` below it, too; a
 fresh student beside a trained teacher with few classes can lose rows until its own logits have grown.
 A running median of D as the threshold would be lost at a resume, so lockstep runs would not repeat.
 
@@ -24,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 PULL = 2.0  # the square of the hardest pull of a cross entropy at τ = 1
 FAR = 4.0  # the square of: twice my own logits' size
+SURE = 50.0  # nats, at τ = 1
 _LOOK = 100  # taught updates between looks at a GPU's counts, each of which waits for the GPU
 
 
@@ -55,6 +59,16 @@ def squared_unfit(own_NV: Tensor, peer_NV: Tensor, centred: bool) -> Tensor:
         if (most_N * (4 / own_NV.size(-1)) <= PULL).all():
             return torch.zeros_like(most_N, dtype=torch.bool)
     return squared_unusable(size(own_NV - peer_NV, centred), own_NV, centred)
+
+
+def behind(peer_NV: Tensor, own_top_N: Tensor) -> Tensor:
+    """By how much my top class has a lower logit with the peer than the peer's own, [N]: 0 where both agree."""
+    return peer_NV.amax(-1) - peer_NV.gather(-1, own_top_N.unsqueeze(-1)).squeeze(-1)
+
+
+def too_sure(behind_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """The rows of a bounded distance to drop, booleans [N], by what `behind` gives; also those that are no numbers."""
+    return ~(behind_N <= SURE * temperature)
 
 
 def zeroed(bad_N: Tensor, rows: Tensor) -> Tensor:
@@ -116,6 +130,6 @@ class Warner:
                 self._warned.add(name)
                 logger.warning(
                     f"codistillation: {name} teaches nothing at {dropped:.0f} of {positions:.0f} positions: its predictions "
-                    "there are not finite, or so far from mine that they would pull harder than a target can. It may have "
-                    "diverged; training goes on, and codistill_dropped in the log is the share of such positions"
+                    "there are not finite, so far from mine that they would pull harder than a target can, or surer than a trained "
+                    "model is. It may have diverged; training goes on, and codistill_dropped in the log is the share of such positions"
                 )

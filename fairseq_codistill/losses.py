@@ -133,9 +133,11 @@ def to_mean_gradient(
     """As `pairwise_gradient`, of `to_mean`."""
     probabilities = DISTANCES[name].mean_of == "probabilities"
     mean_NV, usable, masks = None, guard.Usable(), []
+    own_top_N = own_NV.detach().argmax(-1)
     for peer_NV in peers:
+        behind_N = guard.behind(_wide(peer_NV), own_top_N)
         peer_NV = _probs(_wide(peer_NV), temperature) if probabilities else _wide(peer_NV).clone()
-        masks.append(unfit(name, own_NV, peer_NV))
+        masks.append(unfit(name, own_NV, peer_NV, behind_N, temperature))
         usable.add(masks[-1])
         guard.zeroed(masks[-1], peer_NV)
         mean_NV = peer_NV if mean_NV is None else mean_NV.add_(peer_NV)
@@ -150,10 +152,12 @@ def to_mean_gradient(
     return usable.weigh(value_N), usable.weigh(gradient_NV)
 
 
-def unfit(name: str, own_NV: Tensor, peer_NV: Tensor) -> Tensor:
-    """The rows of a peer that must not go into a mean, booleans [N]. `peer_NV`: what the mean is taken of."""
+def unfit(name: str, own_NV: Tensor, peer_NV: Tensor, behind_N: Tensor, temperature: float) -> Tensor:
+    """The rows of a peer that must not go into a mean, booleans [N]. `peer_NV`: what the mean is taken of; `behind_N`: its
+    `guard.behind`."""
     if DISTANCES[name].mean_of == "probabilities":
-        return ~peer_NV[:, 0].isfinite()  # a softmax is finite everywhere in a row, or nowhere
+        bad_N = ~peer_NV[:, 0].isfinite()  # a softmax is finite everywhere in a row, or nowhere
+        return bad_N | guard.too_sure(behind_N, temperature) if DISTANCES[name].bounded else bad_N
     return guard.squared_unfit(_wide(own_NV.detach()), peer_NV, DISTANCES[name].centred)
 
 
@@ -181,7 +185,7 @@ def _unusable(
     kind: Distance, value_N: Tensor, gradient_NV: Tensor, own_NV: Tensor, peer_NV: Tensor, temperature: float
 ) -> Tensor:  # fmt: skip
     if kind.bounded:
-        return ~value_N.isfinite()
+        return ~value_N.isfinite() | guard.too_sure(guard.behind(peer_NV, own_NV.argmax(-1)), temperature)
     if kind.mean_of == "logits":
         return guard.squared_unusable(value_N, own_NV, kind.centred)
     pull_N = torch.linalg.vecdot(gradient_NV, gradient_NV)

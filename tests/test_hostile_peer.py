@@ -71,6 +71,25 @@ def test_of_a_peer_alone_nothing_is_left(distance, aggregate):
             torch.testing.assert_close(gradient, plain)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("distance", [name for name in DISTANCES if DISTANCES[name].bounded])
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_a_peer_that_is_surer_than_any_trained_model_is_not_followed(distance, aggregate, temperature):
+    """Wherever its weights, which have exploded, name another class than mine; an honest one loses nothing."""
+    honest = [x.float() for x in teachers(1)[1]]
+    wild = garbage(honest[0], 1e6)
+    own = torch.nn.functional.linear(*(x.float() for x in tensors(0)[:3]))
+    for function in (fused, reference):
+        assert taught(function, distance, aggregate, honest, torch.float32, temperature)[2] == [0]
+        value, gradient, dropped = taught(function, distance, aggregate, [wild], torch.float32, temperature)
+        others_N = wild.argmax(-1) != own.argmax(-1)
+        assert dropped == [others_N.sum()] and others_N.sum() >= len(own) - 2
+        if function is fused:
+            weight, target = tensors(0)[1].float(), tensors(0)[3]
+            plain = (own.softmax(-1) - torch.nn.functional.one_hot(target, V)) @ weight
+            torch.testing.assert_close(gradient[others_N], plain[others_N])
+
+
 def test_an_exploding_reverse_kl_is_dropped_but_not_one_that_disagrees():
     own = torch.tensor([[4.0, 0.0, 0.0], [4.0, 0.0, 0.0]], requires_grad=True)
     peer = torch.tensor([[-1e30, 1e30, 0.0], [0.0, 4.0, 0.0]])

@@ -130,6 +130,7 @@ class Warner:
                 self._warned.add(name)
                 logger.warning(
                     f"codistillation: {name} teaches nothing at {dropped:.0f} of {positions:.0f} positions: its predictions "
-                    "there are not finite, so far from mine that they would pull harder than a target can, or surer than a trained "
-                    "model is. It may have diverged; training goes on, and codistill_dropped in the log is the share of such positions"
+                    "there are not finite, or so far from mine that they would pull harder than a target can, or surer than "
+                    "a trained model is. It may have diverged; training goes on, and codistill_dropped in the log is the share "
+                    "of such positions"
                 )

@@ -1,5 +1,5 @@
 """Package fairseq-codistill: a fairseq --user-dir plugin and the commands around it."""
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="fairseq-codistill",
@@ -7,7 +7,7 @@ setup(
     description="Codistillation for fairseq: training jobs teach each other through stale copies of their weights",
     license="MIT",
     python_requires=">=3.9",
-    packages=["fairseq_codistill"],
+    packages=find_packages(include=["fairseq_codistill", "fairseq_codistill.*"]),
     install_requires=[
         # Stock fairseq cannot be imported on Python >= 3.11; fairseq-fixed is its main branch with that mended.
         # Both provide the module `fairseq`, so there must be one or the other, never both.
@@ -37,8 +37,8 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "codistill-launch=fairseq_codistill.launch:main",
-            "codistill-report=fairseq_codistill.report:main",
+            "codistill-launch=fairseq_codistill.launch.main:main",
+            "codistill-report=fairseq_codistill.report.main:main",
         ],
     },
 )

@@ -18,7 +18,7 @@ def exchanges(update: int, interval: int) -> bool:
 
 def alternate(times: Path) -> None:
     """Make every Codistiller of this process alternate, and write down when it is asked for an update."""
-    from fairseq_codistill.codistiller import Codistiller
+    from fairseq_codistill.core.codistiller import Codistiller
 
     asked, exchange = Codistiller.teaching, Codistiller._exchange
     lines = open(times / f"peer{os.environ['CODISTILL_PEER']}", "w", buffering=1, encoding="utf-8")

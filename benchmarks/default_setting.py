@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
-from fairseq_codistill.report_files import ReportError, load
-from fairseq_codistill.report_summary import Run
+from fairseq_codistill.report.files import ReportError, load
+from fairseq_codistill.report.summary import Run
 
 Curve = Dict[int, float]  # update -> NLL
 FIRST_PART = 0.1  # of the run, in which models know next to nothing yet, and are not judged

@@ -16,11 +16,11 @@ from fuzz_mutations import WIDTHS, take_apart
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fairseq_codistill.exchange import Exchange
-from fairseq_codistill.manifest import MANIFEST_LIMIT, BadSnapshot, Manifest, Presence
-from fairseq_codistill.observer import Observer
-from fairseq_codistill.snapshot import Buffer, Weights, fingerprint, size_limit, tensors_of
-from fairseq_codistill.stores import MemoryStore
+from fairseq_codistill.exchange.exchange import Exchange
+from fairseq_codistill.exchange.manifest import MANIFEST_LIMIT, BadSnapshot, Manifest, Presence
+from fairseq_codistill.exchange.observer import Observer
+from fairseq_codistill.exchange.snapshot import Buffer, Weights, fingerprint, size_limit, tensors_of
+from fairseq_codistill.exchange.stores import MemoryStore
 
 # What of a refusal's sentence is of one example only: names, numbers, values.
 _ONE_EXAMPLES_OWN = re.compile(r"(?<!\w)'.*'(?!\w)|\".*\"|\(.*\)|\b\d+\b|(?<=but is ).*|(?<=must not be ).*|torch\.\w+|u?\d{9}")

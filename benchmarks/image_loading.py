@@ -26,9 +26,9 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fairseq_codistill.image_folder import ImageFolder, find_images  # noqa: E402
-from fairseq_codistill.image_models import ImageClassifierConfig, build_network  # noqa: E402
-from fairseq_codistill.image_transforms import Pipeline  # noqa: E402
+from fairseq_codistill.image.folder import ImageFolder, find_images  # noqa: E402
+from fairseq_codistill.image.models import ImageClassifierConfig, build_network  # noqa: E402
+from fairseq_codistill.image.transforms import Pipeline  # noqa: E402
 
 
 class Kind(NamedTuple):

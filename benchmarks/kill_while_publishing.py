@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import nn
 
-from fairseq_codistill.exchange import KEEP, Exchange, Run
-from fairseq_codistill.manifest import BadSnapshot, Manifest, file_name, manifest_name
-from fairseq_codistill.snapshot import Buffer, fingerprint, tensors_of
-from fairseq_codistill.stores import open_store
+from fairseq_codistill.exchange.exchange import KEEP, Exchange, Run
+from fairseq_codistill.exchange.manifest import BadSnapshot, Manifest, file_name, manifest_name
+from fairseq_codistill.exchange.snapshot import Buffer, fingerprint, tensors_of
+from fairseq_codistill.exchange.stores import open_store
 
 RUN = Run(peers=2, dictionary_sha256=None, classes=None)
 WIDTHS = (1500, 40)  # of a square matrix: 9 MB and 7 kB
@@ -235,7 +235,7 @@ def main() -> int:
     # Processes are forked from one that has all this loaded, or each start would cost seconds.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "fairseq_codistill.exchange"])
+    context.set_forkserver_preload(["torch", "fairseq_codistill.exchange.exchange"])
     torch.set_num_threads(1)
     random, began, results = Random(options.seed), time.monotonic(), []
     for width, kills in zip(WIDTHS, (options.kills // 2, options.kills - options.kills // 2)):

@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from fairseq_codistill.fairseq_log import Record, parse_records
-from fairseq_codistill.topology import edges_of, teachers_of
+from fairseq_codistill.common.fairseq_log import Record, parse_records
+from fairseq_codistill.core.topology import edges_of, teachers_of
 
 _STAMP = re.compile(r"\[?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:,(\d{3}))?")
 _PUBLISHED = re.compile(r"codistillation: published update (\d+), [\d.]+ MB in ([\d.]+) s")

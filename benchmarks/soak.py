@@ -31,7 +31,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tqdm import tqdm
 
-from fairseq_codistill.fairseq_log import nll, parse_records
+from fairseq_codistill.common.fairseq_log import nll, parse_records
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,11 +22,11 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 
 from fairseq_codistill import hook
-from fairseq_codistill.codistiller import AlphaSchedule, Codistiller
 from fairseq_codistill.config import DTYPES
+from fairseq_codistill.core.codistiller import AlphaSchedule, Codistiller
+from fairseq_codistill.core.replica import freeze, replica
 from fairseq_codistill.criterion import _DTYPES
-from fairseq_codistill.exchange import Run
-from fairseq_codistill.replica import freeze, replica
+from fairseq_codistill.exchange.exchange import Run
 
 PARTS = ("peers", "forward", "backward", "rest")
 _TRAINING = "--optimizer adam --lr 1e-4 --clip-norm 1.0 --num-workers 0 --required-batch-size-multiple 1 --seed 1"

@@ -2,17 +2,20 @@
 
 `fairseq-train … --user-dir PATH --criterion codistill_ce` imports this package (`codistill-launch --user-dir` prints PATH),
 which registers the criterion. So does any program that imports both, in either order. Without fairseq it is light.
-See these files first: `criterion.py` (the loss), `codistiller.py` (who teaches me now), `losses.py` (the papers' equations).
+See these files first: `criterion.py` (the loss), `core/codistiller.py` (which peers teach), `core/losses.py` (the equations).
 
-    schedules, topology, losses      pure equations
-    snapshot → exchange → codistiller   weights as bytes; how they move; the peers that are held
-    worker, courier, meeting, group  threads for the storage; exchanging beside the training; waiting; ranks decide together
-    hook                             ties a codistiller to a fairseq task (ending, data_order and wrapping are its parts)
-    config, criterion                the options and `codistill_ce`
-    registration, plugin             when we register with fairseq, and what
-    compat                           fairseq's checkpoints on today's torch
-    image_*, lr_schedules, nesterov  image classification, which knows nothing of codistillation
-    launch, report                   the commands; fairseq_log → launch_*, report_* are their parts
+The folders, each of which imports only from those above it:
+
+    common/      paths, output to terminals, fairseq's log lines
+    exchange/    weights as bytes, and how they move between peers
+    core/        distances, schedules, frozen peers: codistillation with torch alone, for any trainer
+    launch/      codistill-launch
+    report/      codistill-report
+    image/       image classification for fairseq, which knows nothing of codistillation
+
+The plugin, which alone knows fairseq, is in this folder: `config` (the options), `criterion` (`codistill_ce`), `teachers`
+(models in files), `hook` (ties a codistiller to a task; `ending`, `data_order` and `wrapping` are its parts), `compat` (fairseq
+on today's libraries), `registration` and `plugin` (when this package registers with fairseq, and what).
 """
 
 from .registration import register_with_fairseq

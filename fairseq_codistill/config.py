@@ -13,10 +13,10 @@ from typing import Callable, List, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
-from .losses import AGGREGATES, CONTROLS, DISTANCES
-from .paths import expanded
-from .schedules import ALPHA_SCHEDULES
-from .topology import edges_of
+from .common.paths import expanded
+from .core.losses import AGGREGATES, CONTROLS, DISTANCES
+from .core.schedules import ALPHA_SCHEDULES
+from .core.topology import edges_of
 
 ENVIRONMENT = {"codistill_peer": "CODISTILL_PEER", "codistill_peers": "CODISTILL_PEERS", "codistill_dir": "CODISTILL_DIR"}
 DTYPES = ("fp32", "bf16", "fp16", "int8")

@@ -24,14 +24,14 @@ from fairseq.models import BaseFairseqModel
 from torch import Tensor, nn
 
 from . import config, hook, teachers
-from .codistiller import AlphaSchedule, Codistiller, Teaching
-from .exchange import Exchange, Run
-from .fused import Objective, Peer, Sums, agrees, fused
-from .guard import Warner
-from .losses import AGGREGATES, CONTROLS, uniform, unigram
-from .output_layer import first, output_layer, projection, replaced
-from .stores import open_store
-from .topology import edges_of
+from .core.codistiller import AlphaSchedule, Codistiller, Teaching
+from .core.fused import Objective, Peer, Sums, agrees, fused
+from .core.guard import Warner
+from .core.losses import AGGREGATES, CONTROLS, uniform, unigram
+from .core.output_layer import first, output_layer, projection, replaced
+from .core.topology import edges_of
+from .exchange.exchange import Exchange, Run
+from .exchange.stores import open_store
 
 logger = logging.getLogger(__name__)
 

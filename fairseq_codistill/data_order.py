@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Dict, List, Optional, Sequence
 
-from .schedules import weight_decay_at
+from .core.schedules import weight_decay_at
 from .wrapping import TRAIN_STEP, Argument, wrap
 
 logger = logging.getLogger(__name__)

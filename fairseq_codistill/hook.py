@@ -10,10 +10,10 @@ import contextlib
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from .codistiller import Codistiller, Teaching
+from .core.codistiller import Codistiller, Teaching
 from .data_order import order_data, schedule_weight_decay  # noqa: F401
 from .ending import drain_on_sigterm, watch
-from .exchange import Run
+from .exchange.exchange import Run
 from .wrapping import TRAIN_STEP, Argument, wrap
 
 TEACHING = "codistill"  # the sample's key

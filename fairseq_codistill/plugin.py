@@ -1,6 +1,7 @@
 """What fairseq gets from us. Importing this module registers it all; `registration` does so when fairseq is there."""
 
-from . import compat, criterion, image_classification, image_models, lr_schedules, nesterov  # noqa: F401
+from . import compat, criterion  # noqa: F401
+from .image import lr_schedules, models, nesterov, task  # noqa: F401
 
 compat.allow_checkpoint_classes()
 compat.provide_removed_numpy_names()

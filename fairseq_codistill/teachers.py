@@ -18,7 +18,7 @@ from fairseq import checkpoint_utils, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import Tensor, nn
 
-from .output_layer import first, first_of_batch
+from .core.output_layer import first, first_of_batch
 
 logger = logging.getLogger(__name__)
 

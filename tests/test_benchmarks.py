@@ -18,7 +18,7 @@ import torch
 from fairseq_runs import ROOT
 from torch import nn
 
-from fairseq_codistill.snapshot import Buffer, tensors_of
+from fairseq_codistill.exchange.snapshot import Buffer, tensors_of
 
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -12,14 +12,14 @@ from fairseq_runs import free_port
 from test_courier import Arrivals, Gate
 from torch import nn
 
-from fairseq_codistill import codistiller as codistiller_module
-from fairseq_codistill import courier as courier_module
-from fairseq_codistill import group, meeting
-from fairseq_codistill.codistiller import AlphaSchedule, Codistiller
-from fairseq_codistill.exchange import KEEP_FOR_LEARNERS, Exchange, Run
-from fairseq_codistill.snapshot import fingerprint, tensors_of
-from fairseq_codistill.stores import MemoryStore, open_store
-from fairseq_codistill.topology import edges_of
+from fairseq_codistill.core import codistiller as codistiller_module
+from fairseq_codistill.core import group, meeting
+from fairseq_codistill.core.codistiller import AlphaSchedule, Codistiller
+from fairseq_codistill.core.topology import edges_of
+from fairseq_codistill.exchange import courier as courier_module
+from fairseq_codistill.exchange.exchange import KEEP_FOR_LEARNERS, Exchange, Run
+from fairseq_codistill.exchange.snapshot import fingerprint, tensors_of
+from fairseq_codistill.exchange.stores import MemoryStore, open_store
 
 CONSTANT = AlphaSchedule("constant", 0.5)
 

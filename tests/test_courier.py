@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_codistill import courier as courier_module
-from fairseq_codistill.courier import Courier
-from fairseq_codistill.exchange import Exchange, Run
-from fairseq_codistill.manifest import BadSnapshot
-from fairseq_codistill.snapshot import fingerprint, tensors_of
-from fairseq_codistill.stores import DirectoryStore, MemoryStore
+from fairseq_codistill.exchange import courier as courier_module
+from fairseq_codistill.exchange.courier import Courier
+from fairseq_codistill.exchange.exchange import Exchange, Run
+from fairseq_codistill.exchange.manifest import BadSnapshot
+from fairseq_codistill.exchange.snapshot import fingerprint, tensors_of
+from fairseq_codistill.exchange.stores import DirectoryStore, MemoryStore
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 30  # to wait for what must come; far above what it takes

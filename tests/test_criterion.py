@@ -14,7 +14,7 @@ from test_config import config
 from torch import nn
 
 from fairseq_codistill import hook
-from fairseq_codistill.codistiller import Teaching
+from fairseq_codistill.core.codistiller import Teaching
 from fairseq_codistill.criterion import CodistillCriterion
 
 

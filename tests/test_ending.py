@@ -19,8 +19,8 @@ from s3_server import s3_server
 from test_training import HYDRA
 
 from fairseq_codistill import ending, hook
-from fairseq_codistill.exchange import Exchange
-from fairseq_codistill.stores import MemoryStore, open_store
+from fairseq_codistill.exchange.exchange import Exchange
+from fairseq_codistill.exchange.stores import MemoryStore, open_store
 
 PROGRAM = Path(sys.executable).parent  # where the commands are installed
 # On CPUs fairseq spawns as many ranks as there are GPUs, that is none; everything else is as on a machine that has them.

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_codistill.exchange import KEEP, Exchange, Run
-from fairseq_codistill.manifest import BadSnapshot
-from fairseq_codistill.snapshot import fingerprint, tensors_of
-from fairseq_codistill.stores import DirectoryStore, MemoryStore, open_store
+from fairseq_codistill.exchange.exchange import KEEP, Exchange, Run
+from fairseq_codistill.exchange.manifest import BadSnapshot
+from fairseq_codistill.exchange.snapshot import fingerprint, tensors_of
+from fairseq_codistill.exchange.stores import DirectoryStore, MemoryStore, open_store
 
 STORES = {"memory": lambda path: MemoryStore(), "directory": lambda path: DirectoryStore(str(path / "exchange"))}
 RUN = Run(peers=2, dictionary_sha256="ab" * 32, classes=100)

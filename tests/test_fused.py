@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_codistill import hook
-from fairseq_codistill.codistiller import Teaching
-from fairseq_codistill.fused import Objective, Peer, fused
-from fairseq_codistill.losses import AGGREGATES, DISTANCES
-from fairseq_codistill.output_layer import output_layer, replaced
-from fairseq_codistill.replica import replica
+from fairseq_codistill.core.codistiller import Teaching
+from fairseq_codistill.core.fused import Objective, Peer, fused
+from fairseq_codistill.core.losses import AGGREGATES, DISTANCES
+from fairseq_codistill.core.output_layer import output_layer, replaced
+from fairseq_codistill.core.replica import replica
 
 N, C, V = 7, 5, 11
 

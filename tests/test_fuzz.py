@@ -16,8 +16,8 @@ from fairseq_runs import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fairseq_codistill import snapshot
-from fairseq_codistill.manifest import BadSnapshot, Manifest, Presence, file_name
+from fairseq_codistill.exchange import snapshot
+from fairseq_codistill.exchange.manifest import BadSnapshot, Manifest, Presence, file_name
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import fuzz_damage  # noqa: E402

@@ -10,11 +10,12 @@ from fairseq_runs import CODISTILL
 from test_criterion import Setting, _reduced
 from test_fused import V, reference, teachers, tensors
 
-from fairseq_codistill import guard, hook
-from fairseq_codistill.codistiller import Teaching
+from fairseq_codistill import hook
+from fairseq_codistill.core import guard
+from fairseq_codistill.core.codistiller import Teaching
+from fairseq_codistill.core.fused import Objective, Peer, fused
+from fairseq_codistill.core.losses import AGGREGATES, DISTANCES, pairwise, to_mean
 from fairseq_codistill.criterion import CodistillCriterion
-from fairseq_codistill.fused import Objective, Peer, fused
-from fairseq_codistill.losses import AGGREGATES, DISTANCES, pairwise, to_mean
 
 UNBOUNDED = ("mse", "centered_mse", "reverse_kl")
 GARBAGE = (1e3, 1e6, 1e12, 1e30, 1e38, math.inf, math.nan)

@@ -12,97 +12,155 @@ from fairseq_codistill.config import CodistillConfig
 
 # Each room, and what of the house it may import: arrows point downwards only.
 LAYERS = {
-    "guard": set(),
-    "losses": {"guard"},
-    "schedules": set(),
-    "topology": set(),
-    "manifest": set(),
-    "run": {"manifest"},
-    "others": {"manifest"},
-    "membership": {"manifest", "others", "run", "stores"},
-    "structure": {"manifest"},
-    "snapshot": {"manifest"},
-    "lock_file": set(),
-    "directory_store": {"lock_file", "manifest"},
-    "stores": {"directory_store", "lock_file", "manifest", "url_store"},
-    "url_store": {"manifest"},
-    "compat": set(),
-    "exchange": {"manifest", "membership", "others", "run", "snapshot", "stores", "structure"},
-    "observer": {"manifest", "run", "stores"},
-    "worker": set(),
-    "courier": {"exchange", "manifest", "observer", "snapshot", "worker"},
-    "int8": set(),
-    "replica": {"int8"},
-    "fused": {"guard", "losses", "output_layer"},
-    "output_layer": set(),
-    "group": set(),
-    "meeting": {"courier", "exchange", "group", "manifest"},
-    "codistiller": {
-        "courier", "exchange", "group", "int8", "manifest", "meeting", "replica", "snapshot", "schedules", "structure",
-        "topology", "worker",
+    "common.fairseq_log": set(),
+    "common.output": set(),
+    "common.paths": set(),
+    "exchange.manifest": set(),
+    "exchange.run": {"exchange.manifest"},
+    "exchange.others": {"exchange.manifest"},
+    "exchange.membership": {"exchange.manifest", "exchange.others", "exchange.run", "exchange.stores"},
+    "exchange.structure": {"exchange.manifest"},
+    "exchange.snapshot": {"exchange.manifest"},
+    "exchange.lock_file": set(),
+    "exchange.directory_store": {"exchange.lock_file", "exchange.manifest"},
+    "exchange.stores": {"exchange.directory_store", "exchange.lock_file", "exchange.manifest", "exchange.url_store"},
+    "exchange.url_store": {"exchange.manifest"},
+    "exchange.exchange": {
+        "exchange.manifest", "exchange.membership", "exchange.others", "exchange.run", "exchange.snapshot",
+        "exchange.stores", "exchange.structure",
     },  # fmt: skip
+    "exchange.observer": {"exchange.manifest", "exchange.run", "exchange.stores"},
+    "exchange.worker": set(),
+    "exchange.courier": {"exchange.exchange", "exchange.manifest", "exchange.observer", "exchange.snapshot", "exchange.worker"},
+    "core.guard": set(),
+    "core.losses": {"core.guard"},
+    "core.schedules": set(),
+    "core.topology": set(),
+    "core.int8": set(),
+    "core.replica": {"core.int8"},
+    "core.fused": {"core.guard", "core.losses", "core.output_layer"},
+    "core.output_layer": set(),
+    "core.group": set(),
+    "core.meeting": {"core.group", "exchange.courier", "exchange.exchange", "exchange.manifest"},
+    "core.codistiller": {
+        "core.group", "core.int8", "core.meeting", "core.replica", "core.schedules",
+        "core.topology", "exchange.courier", "exchange.exchange", "exchange.manifest", "exchange.snapshot",
+        "exchange.structure", "exchange.worker",
+    },  # fmt: skip
+    "launch.hydra": set(),
+    "launch.command": {"launch.hydra"},
+    "launch.checks": {"common.paths", "launch.command"},
+    "launch.outputs": {"launch.command"},
+    "launch.plan": {"launch.checks", "launch.command", "launch.outputs"},
+    "launch.checkpoint": set(),
+    "launch.guard": set(),
+    "launch.progress": {"common.fairseq_log"},
+    "launch.error": {"launch.progress"},
+    "launch.peer": {"launch.guard", "launch.plan", "launch.progress"},
+    "launch.view": {"launch.peer", "launch.plan"},
+    "launch.supervisor": {
+        "common.output", "launch.checkpoint", "launch.error", "launch.guard", "launch.peer",
+        "launch.plan", "launch.view",
+    },  # fmt: skip
+    "launch.cost": {"core.topology", "launch.view"},
+    "launch.preview": {"exchange.observer", "exchange.stores", "launch.cost", "launch.plan", "launch.view"},
+    "launch.slurm": {"launch.checkpoint", "launch.command", "launch.outputs", "launch.plan"},
+    "launch.status": {"common.output", "exchange.manifest", "exchange.observer", "exchange.stores", "launch.view"},
+    "launch.main": {
+        "common.output", "common.paths", "launch.plan", "launch.preview", "launch.status",
+        "launch.supervisor", "launch.view",
+    },  # fmt: skip
+    "launch.__main__": {"launch.main"},
+    "report.log": {"common.fairseq_log"},
+    "report.summary": {"common.fairseq_log", "report.log"},
+    "report.notes": {"common.fairseq_log", "report.log", "report.summary"},
+    "report.table": {"common.fairseq_log", "report.notes", "report.summary"},
+    "report.figure": {"common.fairseq_log", "report.log", "report.notes", "report.summary", "report.table"},
+    "report.files": {"common.paths", "report.log", "report.notes", "report.summary"},
+    "report.main": {
+        "common.output", "common.paths", "report.figure", "report.files", "report.notes",
+        "report.summary", "report.table",
+    },  # fmt: skip
+    "report.__main__": {"report.main"},
+    "image.transforms": {"compat"},
+    "image.options": {"image.transforms"},
+    "image.folder": {"common.paths", "compat", "image.transforms"},
+    "image.models": {"compat"},
+    "image.lr_schedules": set(),
+    "image.nesterov": set(),
+    "image.task": {"compat", "image.folder", "image.lr_schedules", "image.options", "image.transforms"},
+    "image.predict": {"common.paths", "compat", "image.folder", "image.models", "image.task"},
+    "compat": set(),
     "wrapping": set(),
     "ending": set(),
-    "data_order": {"schedules", "wrapping"},
-    "hook": {"codistiller", "data_order", "ending", "exchange", "wrapping"},
-    "config": {"losses", "paths", "schedules", "topology"},
+    "data_order": {"core.schedules", "wrapping"},
+    "hook": {"core.codistiller", "data_order", "ending", "exchange.exchange", "wrapping"},
+    "config": {"common.paths", "core.losses", "core.schedules", "core.topology"},
     "criterion": {
-        "config", "hook", "codistiller", "exchange", "fused", "guard", "losses", "output_layer", "stores", "teachers",
-        "topology",
+        "config", "core.codistiller", "core.fused", "core.guard", "core.losses",
+        "core.output_layer", "core.topology", "exchange.exchange", "exchange.stores", "hook",
+        "teachers",
     },  # fmt: skip
-    "teachers": {"output_layer"},
-    "fairseq_log": set(),
-    "launch_hydra": set(),
-    "launch_command": {"launch_hydra"},
-    "launch_checks": {"launch_command"},
-    "launch_outputs": {"launch_command"},
-    "launch_plan": {"launch_checks", "launch_command", "launch_outputs"},
-    "output": set(),
-    "paths": set(),
-    "launch_checkpoint": set(),
-    "launch_guard": set(),
-    "launch_progress": {"fairseq_log"},
-    "launch_error": {"launch_progress"},
-    "launch_peer": {"launch_guard", "launch_plan", "launch_progress"},
-    "launch_view": {"launch_peer", "launch_plan"},
-    "launch_supervisor": {
-        "launch_checkpoint", "launch_error", "launch_guard", "launch_peer", "launch_plan", "launch_view", "output",
-    },  # fmt: skip
-    "launch_cost": {"launch_view", "topology"},
-    "launch_preview": {"launch_cost", "launch_plan", "launch_view", "observer", "stores"},
-    "launch_slurm": {"launch_checkpoint", "launch_command", "launch_outputs", "launch_plan"},
-    "launch_status": {"launch_view", "manifest", "observer", "output", "stores"},
-    "launch": {"launch_plan", "launch_preview", "launch_status", "launch_supervisor", "launch_view", "output"},
-    "report_log": {"fairseq_log"},
-    "report_summary": {"fairseq_log", "report_log"},
-    "report_notes": {"fairseq_log", "report_log", "report_summary"},
-    "report_table": {"fairseq_log", "report_notes", "report_summary"},
-    "report_figure": {"fairseq_log", "report_log", "report_notes", "report_summary", "report_table"},
-    "report_files": {"paths", "report_log", "report_notes", "report_summary"},
-    "report": {"output", "paths", "report_figure", "report_files", "report_notes", "report_summary", "report_table"},
-    "image_transforms": {"compat"},
-    "image_options": {"image_transforms"},
-    "image_folder": {"compat", "image_transforms", "paths"},
-    "image_models": {"compat"},
-    "lr_schedules": set(),
-    "nesterov": set(),
-    "image_classification": {"compat", "image_folder", "image_options", "image_transforms", "lr_schedules"},
-    "image_predict": {"compat", "image_classification", "image_folder", "image_models", "paths"},
-    "plugin": {"compat", "criterion", "image_classification", "image_models", "lr_schedules", "nesterov"},
-    "registration": set(),  # it imports plugin when fairseq is there
+    "teachers": {"core.output_layer"},
+    "plugin": {"compat", "criterion", "image.lr_schedules", "image.models", "image.nesterov", "image.task"},
+    "registration": set(),
     "__init__": {"registration"},
+    "image_predict": {"image.predict"},
 }
 # Which libraries a room may know of, where that is a rule; the commands must start without fairseq and torch.
 FOREIGN = {
-    "guard": {"torch"}, "losses": {"torch"}, "fused": {"torch"}, "output_layer": {"torch"}, "int8": {"torch"},
-    "paths": set(), "schedules": set(), "topology": set(), "snapshot": {"torch", "safetensors"}, "exchange": set(),
-    "manifest": set(), "stores": set(), "directory_store": set(), "lock_file": set(),
-    "run": set(), "others": set(), "membership": set(), "structure": set(),
-    "url_store": {"fsspec"}, "courier": {"torch"}, "replica": {"torch"},
-    "codistiller": {"torch"}, "group": {"torch"}, "hook": set(), "worker": set(), "wrapping": set(), "ending": set(),
-    "data_order": set(), "config": {"fairseq", "omegaconf"}, "__init__": set(), "registration": set(),
-}  # fmt: skip
+    "__init__": set(),
+    "common.paths": set(),
+    "config": {"fairseq", "omegaconf"},
+    "core.codistiller": {"torch"},
+    "core.fused": {"torch"},
+    "core.group": {"torch"},
+    "core.guard": {"torch"},
+    "core.int8": {"torch"},
+    "core.losses": {"torch"},
+    "core.output_layer": {"torch"},
+    "core.replica": {"torch"},
+    "core.schedules": set(),
+    "core.topology": set(),
+    "data_order": set(),
+    "ending": set(),
+    "exchange.courier": {"torch"},
+    "exchange.directory_store": set(),
+    "exchange.exchange": set(),
+    "exchange.lock_file": set(),
+    "exchange.manifest": set(),
+    "exchange.membership": set(),
+    "exchange.others": set(),
+    "exchange.run": set(),
+    "exchange.snapshot": {"safetensors", "torch"},
+    "exchange.stores": set(),
+    "exchange.structure": set(),
+    "exchange.url_store": {"fsspec"},
+    "exchange.worker": set(),
+    "hook": set(),
+    "registration": set(),
+    "wrapping": set(),
+}
 LIBRARIES = {"torch", "fairseq", "safetensors", "omegaconf", "numpy", "matplotlib", "rich", "fsspec", "hydra"}
+
+
+# Folders that know nothing of fairseq: it is the plugin alone (the package's own modules, and image/) that does.
+WITHOUT_FAIRSEQ = ("common", "core", "exchange", "launch", "report")
+# Which folders a folder may import; "" is the plugin.
+FOLDERS = {
+    "common": set(),
+    "exchange": set(),
+    "core": {"exchange"},
+    "launch": {"common", "core", "exchange"},
+    "report": {"common"},
+    "image": {"", "common"},  # of the plugin only compat, see LAYERS
+    "": {"common", "core", "exchange", "image"},
+}
+ROOMS = sorted(path for path in PLUGIN.rglob("*.py") if path.name != "__init__.py" or path.parent == PLUGIN)
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PLUGIN).with_suffix("").parts)
 
 
 def imports(path):
@@ -110,7 +168,11 @@ def imports(path):
     ours, others = set(), set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
-            ours |= {node.module.split(".")[0]} if node.module else {name.name for name in node.names}
+            here = path.relative_to(PLUGIN).parts[: -node.level]
+            base = [*here, *(node.module.split(".") if node.module else [])]
+            for name in node.names:
+                is_module = (PLUGIN.joinpath(*base, name.name)).with_suffix(".py").exists()
+                ours.add(".".join([*base, name.name] if is_module else base))
         elif isinstance(node, ast.ImportFrom):
             others.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
@@ -118,18 +180,28 @@ def imports(path):
     return ours, others & (LIBRARIES | {"fairseq_codistill"})
 
 
-@pytest.mark.parametrize("path", sorted(PLUGIN.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ROOMS, ids=name_of)
 def test_layers(path):
     ours, others = imports(path)
-    assert ours <= LAYERS[path.stem], f"{path.stem} may not import {ours - LAYERS[path.stem]}"
+    name = name_of(path)
+    assert ours <= LAYERS[name], f"{name} may not import {ours - LAYERS[name]}"
     assert "fairseq_codistill" not in others, "inside the package imports are relative"
-    if path.stem in FOREIGN:
-        assert others <= FOREIGN[path.stem]
+    folder = name.rpartition(".")[0]
+    folders = {module.rpartition(".")[0] for module in ours} - {folder}
+    assert folders <= FOLDERS[folder], f"{name} may not import from {folders - FOLDERS[folder]}"
+    if folder in WITHOUT_FAIRSEQ:
+        assert "fairseq" not in others, f"{name} must not know fairseq"
+    if name in FOREIGN:
+        assert others <= FOREIGN[name]
 
 
-def test_the_package_is_flat_and_every_room_is_on_the_map():
-    assert not [path for path in PLUGIN.iterdir() if path.is_dir() and path.name not in ("__pycache__", ".ruff_cache")]
-    assert {path.stem for path in PLUGIN.glob("*.py")} == set(LAYERS)
+def test_every_room_is_on_the_map_and_no_two_need_each_other():
+    assert {name_of(path) for path in ROOMS} == set(LAYERS)
+    above = {name: set(below) for name, below in LAYERS.items()}
+    while above:
+        lowest = {name for name, below in above.items() if not below & above.keys()}
+        assert lowest, f"these import each other in a circle: {sorted(above)}"
+        above = {name: below for name, below in above.items() if name not in lowest}
 
 
 def test_every_option_has_the_prefix():

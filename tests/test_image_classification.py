@@ -26,16 +26,16 @@ from fairseq_runs import (
 from image_runs import MODEL, SGD, TASK, write_digits, write_folder
 from test_config import config
 
-from fairseq_codistill import image_predict
-from fairseq_codistill.codistiller import AlphaSchedule, Codistiller
+from fairseq_codistill.core.codistiller import AlphaSchedule, Codistiller
+from fairseq_codistill.core.topology import edges_of
 from fairseq_codistill.criterion import CodistillCriterion
-from fairseq_codistill.exchange import Exchange, Run
+from fairseq_codistill.exchange.exchange import Exchange, Run
+from fairseq_codistill.exchange.snapshot import tensors_of
+from fairseq_codistill.exchange.stores import MemoryStore
 from fairseq_codistill.hook import TEACHING, order_data
-from fairseq_codistill.image_classification import distance
-from fairseq_codistill.image_options import ImageClassificationConfig, check
-from fairseq_codistill.snapshot import tensors_of
-from fairseq_codistill.stores import MemoryStore
-from fairseq_codistill.topology import edges_of
+from fairseq_codistill.image import predict as image_predict
+from fairseq_codistill.image.options import ImageClassificationConfig, check
+from fairseq_codistill.image.task import distance
 
 CODISTILL = (
     f"{SGD} --criterion codistill_ce --codistill-interval 10 --codistill-sync --codistill-wait 120 --codistill-wire-dtype fp32"
@@ -446,7 +446,8 @@ def test_one_sentence_for_each_mistake(choices, words):
 
 
 def test_the_task_needs_torchvision_and_says_so(digits, monkeypatch):
-    from fairseq_codistill import compat, image_classification
+    from fairseq_codistill import compat
+    from fairseq_codistill.image import task as image_classification
 
     def missing():
         raise ValueError("need torchvision")

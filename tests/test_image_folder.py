@@ -10,9 +10,9 @@ from fairseq_runs import ROOT
 from image_runs import write_folder, write_image
 from PIL import Image
 
-from fairseq_codistill import image_folder
-from fairseq_codistill.image_folder import ImageFolder, Images, UnreadableImage, find_images, read_image
-from fairseq_codistill.image_transforms import Pipeline, random_area
+from fairseq_codistill.image import folder as image_folder
+from fairseq_codistill.image.folder import ImageFolder, Images, UnreadableImage, find_images, read_image
+from fairseq_codistill.image.transforms import Pipeline, random_area
 
 
 def pipeline(augmentation="none", size=8, train=True, **choices):

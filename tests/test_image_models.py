@@ -9,8 +9,9 @@ from fairseq import options
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from torch import nn
 
-from fairseq_codistill import compat, image_models
-from fairseq_codistill.image_models import (
+from fairseq_codistill import compat
+from fairseq_codistill.image import models as image_models
+from fairseq_codistill.image.models import (
     SMALL_DEPTHS,
     TORCHVISION_ARCHS,
     ImageClassifier,

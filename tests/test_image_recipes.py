@@ -94,8 +94,8 @@ def test_cosine_and_groups():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_gives_a_command_that_its_programs_know(recipe):
     words = dry_run(recipe, METHOD="codistill", REGULARISATION="reduced", EPOCHS=18)
-    known = (ROOT / "fairseq_codistill/image_options.py").read_text() + (ROOT / "fairseq_codistill/image_models.py").read_text()
-    known += (ROOT / "fairseq_codistill/lr_schedules.py").read_text() + (ROOT / "fairseq_codistill/config.py").read_text()
+    known = (ROOT / "fairseq_codistill/image/options.py").read_text() + (ROOT / "fairseq_codistill/image/models.py").read_text()
+    known += (ROOT / "fairseq_codistill/image/lr_schedules.py").read_text() + (ROOT / "fairseq_codistill/config.py").read_text()
     ours = [word for word in words if re.match(r"--(image|codistill|lr-mile|warmup-e|weight-decays|log-init|augment)", word)]
     assert ours and all(f"    {word[2:].replace('-', '_')}:" in known for word in ours)
 

@@ -9,10 +9,10 @@ from test_criterion import Setting
 from torch import nn
 
 from fairseq_codistill import hook
-from fairseq_codistill.codistiller import Teaching
-from fairseq_codistill.int8 import RowsIn8Bits, load, quantise
-from fairseq_codistill.replica import freeze, replica
-from fairseq_codistill.snapshot import tensors_of
+from fairseq_codistill.core.codistiller import Teaching
+from fairseq_codistill.core.int8 import RowsIn8Bits, load, quantise
+from fairseq_codistill.core.replica import freeze, replica
+from fairseq_codistill.exchange.snapshot import tensors_of
 
 
 @pytest.fixture(scope="module")

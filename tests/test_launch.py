@@ -29,16 +29,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill import (
-    launch,
-    launch_checkpoint,
-    launch_guard,
-    launch_peer,
-    launch_plan,
-    launch_progress,
-    launch_supervisor,
-    launch_view,
-)  # fmt: skip
+from fairseq_codistill.launch import checkpoint as launch_checkpoint  # fmt: skip
+from fairseq_codistill.launch import guard as launch_guard
+from fairseq_codistill.launch import main as launch
+from fairseq_codistill.launch import peer as launch_peer
+from fairseq_codistill.launch import plan as launch_plan
+from fairseq_codistill.launch import progress as launch_progress
+from fairseq_codistill.launch import supervisor as launch_supervisor
+from fairseq_codistill.launch import view as launch_view
 
 # As the console command does it; the second argument says whether to take the terminal at stdin as one's own.
 LAUNCH = """
@@ -267,7 +265,7 @@ def test_bad_input_is_one_sentence(programs, tmp_path: Path, capsys, argv: str, 
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys\nfrom fairseq_codistill.launch import main\n"
+    code = "import sys\nfrom fairseq_codistill.launch.main import main\n"
     code += "try: main(['--help'])\nexcept SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
     root = Path(launch.__file__).parents[1]
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill import launch_error, launch_progress
+from fairseq_codistill.launch import error as launch_error
+from fairseq_codistill.launch import progress as launch_progress
 
 ADVICE = (
     "ValueError: All peers of a run must have the same dictionary, but runs/two/exchange was begun with "

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from fairseq_runs import PLUGIN
 
-from fairseq_codistill import launch_command, launch_outputs, launch_plan
+from fairseq_codistill.launch import command as launch_command
+from fairseq_codistill.launch import outputs as launch_outputs
+from fairseq_codistill.launch import plan as launch_plan
 
 IS_OLD = version("hydra-core") < "1.1"  # of stock fairseq
 PLAIN = "fairseq-train D --criterion cross_entropy --save-dir X"

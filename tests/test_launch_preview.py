@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from test_launch import programs  # noqa: F401  (a fixture)
 
-from fairseq_codistill import launch, launch_cost
+from fairseq_codistill.launch import cost as launch_cost
+from fairseq_codistill.launch import main as launch
 
 RUN = {"format": 1, "peers": 2, "classes": 8, "dictionary_sha256": None}
 
@@ -78,7 +79,7 @@ def test_a_runs_exchange_is_fit_for_any_number_of_peers(exchange: Path, capsys) 
 
 
 def test_bad_input_is_told_within_a_second(programs, tmp_path: Path) -> None:  # noqa: F811
-    code = "import sys; sys.argv[0] = 'codistill-launch'; from fairseq_codistill.launch import main; sys.exit(main())"
+    code = "import sys; sys.argv[0] = 'codistill-launch'; from fairseq_codistill.launch.main import main; sys.exit(main())"
     words = [sys.executable, "-c", code, *"--peers 2 --gpus-per-peer 0 -- fairseq-train nowhere".split()]
     start = time.process_time(), os.times()
     assert subprocess.run(words, capture_output=True, timeout=60).returncode == 2

@@ -18,14 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fairseq_codistill import launch
-from fairseq_codistill.exchange import Exchange, Run
-from fairseq_codistill.launch_status import age_text
-from fairseq_codistill.launch_view import size
-from fairseq_codistill.manifest import BadSnapshot, Manifest, Presence, file_name
-from fairseq_codistill.observer import PEERS_LIMIT, Age, Observer, age_by_its_clock, find_exchange, plain, read_run
-from fairseq_codistill.snapshot import fingerprint, tensors_of
-from fairseq_codistill.stores import DirectoryStore, MemoryStore, open_store
+from fairseq_codistill.exchange.exchange import Exchange, Run
+from fairseq_codistill.exchange.manifest import BadSnapshot, Manifest, Presence, file_name
+from fairseq_codistill.exchange.observer import PEERS_LIMIT, Age, Observer, age_by_its_clock, find_exchange, plain, read_run
+from fairseq_codistill.exchange.snapshot import fingerprint, tensors_of
+from fairseq_codistill.exchange.stores import DirectoryStore, MemoryStore, open_store
+from fairseq_codistill.launch import main as launch
+from fairseq_codistill.launch.status import age_text
+from fairseq_codistill.launch.view import size
 
 NOW = 1.8e9  # seconds since 1970, by the watcher's clock
 CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -405,7 +405,7 @@ def test_the_largest_run_is_shown_soon(exchange, capsys):
 
 # In a process of its own.
 
-COMMAND = "import sys; from fairseq_codistill.launch import main; sys.exit(main())"
+COMMAND = "import sys; from fairseq_codistill.launch.main import main; sys.exit(main())"
 
 
 def command(*argv, **options) -> subprocess.Popen:

@@ -5,7 +5,7 @@ import pytest
 import reference
 import torch
 
-from fairseq_codistill.losses import AGGREGATES, DISTANCES, pairwise, to_mean, uniform, unigram
+from fairseq_codistill.core.losses import AGGREGATES, DISTANCES, pairwise, to_mean, uniform, unigram
 
 N, V = 5, 7
 

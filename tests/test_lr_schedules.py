@@ -7,9 +7,9 @@ import torch
 from fairseq.optim.lr_scheduler.cosine_lr_scheduler import CosineLRSchedule, CosineLRScheduleConfig
 from torch import nn
 
-from fairseq_codistill import lr_schedules
-from fairseq_codistill.lr_schedules import CosineHeConfig, CosineHeSchedule, MultistepConfig, MultistepSchedule
-from fairseq_codistill.nesterov import SgdNesterov, SgdNesterovConfig
+from fairseq_codistill.image import lr_schedules
+from fairseq_codistill.image.lr_schedules import CosineHeConfig, CosineHeSchedule, MultistepConfig, MultistepSchedule
+from fairseq_codistill.image.nesterov import SgdNesterov, SgdNesterovConfig
 
 
 def optimizer(lr=0.2, model=None, **choices):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fairseq_codistill.output import Tolerant, failure, hurried, is_gone, tolerant_output
+from fairseq_codistill.common.output import Tolerant, failure, hurried, is_gone, tolerant_output
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ import prepare as prepare_corpus  # noqa: E402
 import sweep  # noqa: E402
 import sweeping  # noqa: E402
 
-from fairseq_codistill import report  # noqa: E402
+from fairseq_codistill.report import main as report  # noqa: E402
 
 
 def write_source(folder: Path, pairs: int = 30) -> Path:
@@ -641,7 +641,7 @@ def test_results_hold_no_local_path(swept):
 
 
 def test_report_reads_the_results(swept, tmp_path):
-    words = ["-m", "fairseq_codistill.report", str(swept / "results"), "--out", str(tmp_path / "report")]
+    words = ["-m", "fairseq_codistill.report.main", str(swept / "results"), "--out", str(tmp_path / "report")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

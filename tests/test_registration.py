@@ -184,14 +184,14 @@ if __name__ == "__main__":
 
 def test_the_package_alone_is_light_and_registers_when_fairseq_comes():
     heavy = "assert not {'torch', 'fairseq', 'numpy'} & set(sys.modules)"
-    code = f"import sys, fairseq_codistill\nfrom fairseq_codistill import launch, report\n{heavy}\n"
+    code = f"import sys, fairseq_codistill\nimport fairseq_codistill.launch.main, fairseq_codistill.report.main\n{heavy}\n"
     # `compat` brings fairseq with it, before it is whole itself.
     code += f"from fairseq_codistill import compat\n{REGISTERED}\nimport numpy, torch\nassert numpy.compat.long is int\n"
     code += "if hasattr(torch.serialization, 'get_safe_globals'):\n"
     code += "    assert fairseq.data.Dictionary in torch.serialization.get_safe_globals()\n"
     python("-c", code.replace("import numpy, torch", "import fairseq, numpy, torch"), path=[ROOT])
     shown = python("-X", "importtime", "-m", "fairseq_codistill.launch", "--help", path=[ROOT])
-    assert "--max-restarts" in shown and "fairseq_codistill.launch_plan" in shown
+    assert "--max-restarts" in shown and "fairseq_codistill.launch.plan" in shown
     assert not [line for line in shown.splitlines() if line.split("|")[-1].strip() in ("torch", "fairseq", "numpy")]
 
 
@@ -246,7 +246,7 @@ def test_installed_without_the_clone(installed, data, tmp_path):
 
 
 def test_the_commands_user_dir_stands_alone(capsys):
-    from fairseq_codistill.launch import main
+    from fairseq_codistill.launch.main import main
 
     assert main(["--user-dir"]) == 0 and capsys.readouterr().out == f"{PLUGIN}\n"
     assert main(["--user-dir", "--peers", "2", "--", "true"]) == 2

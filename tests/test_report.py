@@ -12,16 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_codistill import (
-    fairseq_log,
-    report,
-    report_figure,
-    report_files,
-    report_log,
-    report_notes,
-    report_summary,
-    report_table,
-)
+from fairseq_codistill.common import fairseq_log
+from fairseq_codistill.report import figure as report_figure
+from fairseq_codistill.report import files as report_files
+from fairseq_codistill.report import log as report_log
+from fairseq_codistill.report import main as report
+from fairseq_codistill.report import notes as report_notes
+from fairseq_codistill.report import summary as report_summary
+from fairseq_codistill.report import table as report_table
 
 REAL = Path(__file__).parent / "data" / "report"
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 from test_exchange import fetch, model, publish
 
-from fairseq_codistill import config, criterion, others
-from fairseq_codistill.exchange import KEEP, KEEP_FOR_LEARNERS, Exchange, IndexTaken, Run
-from fairseq_codistill.manifest import BadSnapshot, Presence
-from fairseq_codistill.snapshot import fingerprint
-from fairseq_codistill.stores import MemoryStore
+from fairseq_codistill import config, criterion
+from fairseq_codistill.exchange import others
+from fairseq_codistill.exchange.exchange import KEEP, KEEP_FOR_LEARNERS, Exchange, IndexTaken, Run
+from fairseq_codistill.exchange.manifest import BadSnapshot, Presence
+from fairseq_codistill.exchange.snapshot import fingerprint
+from fairseq_codistill.exchange.stores import MemoryStore
 
 RUN = Run(2, "ab" * 32, 100, source_sha256="cd" * 32, interval=10, lockstep=False)
 PRINT = fingerprint(model())

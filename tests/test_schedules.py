@@ -1,6 +1,6 @@
 import pytest
 
-from fairseq_codistill.schedules import alpha_at, weight_decay_at
+from fairseq_codistill.core.schedules import alpha_at, weight_decay_at
 
 SODHANI_STEPS = dict(alpha=1.0, step=0.5, milestones=(15, 30, 40))
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
-from fairseq_codistill.manifest import BadSnapshot, Manifest, sealed
-from fairseq_codistill.snapshot import (
+from fairseq_codistill.exchange.manifest import BadSnapshot, Manifest, sealed
+from fairseq_codistill.exchange.snapshot import (
     Buffer,
     check_manifest,
     checksum,
@@ -20,7 +20,7 @@ from fairseq_codistill.snapshot import (
     size_limit,
     tensors_of,
 )
-from fairseq_codistill.snapshot import (
+from fairseq_codistill.exchange.snapshot import (
     decode as decode_bytes,
 )
 

@@ -6,8 +6,8 @@ import stat
 
 import pytest
 
-from fairseq_codistill import lock_file
-from fairseq_codistill.stores import DirectoryStore, open_store
+from fairseq_codistill.exchange import lock_file
+from fairseq_codistill.exchange.stores import DirectoryStore, open_store
 
 
 def mode(path):

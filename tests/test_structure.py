@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from test_exchange import fetch, model, publish
 from torch import nn
 
-from fairseq_codistill.exchange import Exchange
-from fairseq_codistill.manifest import BadSnapshot
-from fairseq_codistill.snapshot import decode, describe, fingerprint, tensors_of
-from fairseq_codistill.stores import MemoryStore
-from fairseq_codistill.structure import difference, structure
+from fairseq_codistill.exchange.exchange import Exchange
+from fairseq_codistill.exchange.manifest import BadSnapshot
+from fairseq_codistill.exchange.snapshot import decode, describe, fingerprint, tensors_of
+from fairseq_codistill.exchange.stores import MemoryStore
+from fairseq_codistill.exchange.structure import difference, structure
 
 
 class Layer(nn.Module):

@@ -1,6 +1,6 @@
 import pytest
 
-from fairseq_codistill.topology import edges_of, learners_of, teachers_of
+from fairseq_codistill.core.topology import edges_of, learners_of, teachers_of
 
 
 def test_all_and_ring():

@@ -31,9 +31,9 @@ from fairseq_runs import (
 from s3_server import ACCESS_KEY, SECRET_KEY, s3_server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fairseq_codistill.exchange import Exchange
-from fairseq_codistill.snapshot import checksum
-from fairseq_codistill.stores import open_store
+from fairseq_codistill.exchange.exchange import Exchange
+from fairseq_codistill.exchange.snapshot import checksum
+from fairseq_codistill.exchange.stores import open_store
 
 # fairseq ≥ 2023 shuffles an epoch's batches by seed and epoch, but keeps the first epoch's for the others unless told
 # otherwise: without this a resumed run, plain or codistilled, sees other batches than one that was never stopped.

@@ -15,10 +15,10 @@ import pytest
 from s3_server import ACCESS_KEY, SECRET_KEY, s3_server
 from test_exchange import RUN, fetch, publish
 
-from fairseq_codistill.exchange import KEEP, Exchange, Run
-from fairseq_codistill.manifest import BadSnapshot
-from fairseq_codistill.stores import DirectoryStore, open_store
-from fairseq_codistill.url_store import UrlStore, hidden
+from fairseq_codistill.exchange.exchange import KEEP, Exchange, Run
+from fairseq_codistill.exchange.manifest import BadSnapshot
+from fairseq_codistill.exchange.stores import DirectoryStore, open_store
+from fairseq_codistill.exchange.url_store import UrlStore, hidden
 
 pytest.importorskip("s3fs")
 MIB = 1 << 20
@@ -510,7 +510,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch, package):
 
 def test_a_path_needs_no_fsspec(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    monkeypatch.setitem(sys.modules, "fairseq_codistill.url_store", None)
+    monkeypatch.setitem(sys.modules, "fairseq_codistill.exchange.url_store", None)
     for url in (str(tmp_path / "run"), f"file://{tmp_path}/run"):
         store = open_store(url)
         assert isinstance(store, DirectoryStore) and str(store) == str(tmp_path / "run") and store.write("x", b"1")

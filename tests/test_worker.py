@@ -6,9 +6,9 @@ import pytest
 from test_codistiller import codistiller, train
 from test_courier import SECONDS, Gate, courier, publish
 
-from fairseq_codistill import courier as courier_module
-from fairseq_codistill.stores import MemoryStore
-from fairseq_codistill.worker import Worker
+from fairseq_codistill.exchange import courier as courier_module
+from fairseq_codistill.exchange.stores import MemoryStore
+from fairseq_codistill.exchange.worker import Worker
 
 
 def test_what_takes_too_long_is_waited_for_when_asked_again():

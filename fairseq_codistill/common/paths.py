@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# The folder for fairseq's --user-dir.
+PLUGIN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 
 def expanded(path: str) -> str:
     """`path` with a leading ~ as the home folder: no shell expands the one in `--out=~/x`."""

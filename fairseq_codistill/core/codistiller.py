@@ -18,18 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..exchange.courier import Courier
+from ..exchange.exchange import SILENT_SECONDS, Exchange, Run
+from ..exchange.manifest import BadSnapshot, Manifest
+from ..exchange.snapshot import Weights, fingerprint, tensors_of
+from ..exchange.structure import structure
+from ..exchange.worker import Worker
 from . import group
-from .courier import Courier
-from .exchange import SILENT_SECONDS, Exchange, Run
 from .int8 import load
-from .manifest import BadSnapshot, Manifest
 from .meeting import Meeting
 from .replica import freeze, replica
 from .schedules import AlphaSchedule
-from .snapshot import Weights, fingerprint, tensors_of
-from .structure import structure
 from .topology import Edge, learners_of, teachers_of
-from .worker import Worker
 
 logger = logging.getLogger(__name__)
 

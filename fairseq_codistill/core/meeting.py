@@ -7,10 +7,10 @@ import logging
 import time
 from typing import Any, Callable, Dict, List, Optional, Set
 
+from ..exchange.courier import Courier
+from ..exchange.exchange import Exchange
+from ..exchange.manifest import BadSnapshot, Manifest
 from . import group
-from .courier import Courier
-from .exchange import Exchange
-from .manifest import BadSnapshot, Manifest
 
 logger = logging.getLogger(__name__)
 

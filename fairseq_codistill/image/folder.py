@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from fairseq.data import FairseqDataset
 
-from . import compat
-from .image_transforms import Pipeline, pixels
-from .paths import printable
+from .. import compat
+from ..common.paths import printable
+from .transforms import Pipeline, pixels
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any, List, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II, MISSING
 
-from .image_transforms import AUGMENTATIONS
+from .transforms import AUGMENTATIONS
 
 
 def _option(default: Any, help: str) -> Any:

@@ -19,11 +19,11 @@ import torch
 from fairseq import checkpoint_utils
 from torch import Tensor
 
-from . import compat
-from .image_classification import ImageClassificationTask
-from .image_folder import ImageFolder, Images
-from .image_models import ImageClassifier
-from .paths import expanded, printable
+from .. import compat
+from ..common.paths import expanded, printable
+from .folder import ImageFolder, Images
+from .models import ImageClassifier
+from .task import ImageClassificationTask
 
 
 class Accuracy(NamedTuple):

@@ -15,10 +15,11 @@ from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask, register_task
 from torch import Tensor, nn
 
-from . import compat, lr_schedules
-from .image_folder import ImageFolder, check_classes, find_images, measure, part_of, split_folder
-from .image_options import ImageClassificationConfig, channel_values, check, fraction
-from .image_transforms import Pipeline
+from .. import compat
+from . import lr_schedules
+from .folder import ImageFolder, check_classes, find_images, measure, part_of, split_folder
+from .options import ImageClassificationConfig, channel_values, check, fraction
+from .transforms import Pipeline
 
 _COUNTS = ("top1", "top5")
 _NOTHING = {"loss": 0.0, "nll_loss": 0.0, "ntokens": 0, "nsentences": 0, "sample_size": 0, "top1": 0, "top5": 0}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import compat
+from .. import compat
 
 AUGMENTATIONS = ("imagenet", "small", "none")
 _AREAS, _RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)  # of the random crops; ratio: width / height

@@ -4,7 +4,7 @@ fairseq writes each checkpoint beside its place and renames it, but then copies 
 stands: a training that is killed in the middle of the copy leaves half a file, and dies of it at its next start. Without
 any `checkpoint_last.pt` it would begin from update 0, so there is always one: the whole copy is made first.
 
-    python -m fairseq_codistill.launch_checkpoint SAVE_DIR …
+    python -m fairseq_codistill.launch.checkpoint SAVE_DIR …
 
 Exit status: 0, or 3 where a torn checkpoint could not be replaced, and the training must not start.
 """

@@ -6,9 +6,10 @@ import importlib.util
 import os
 from typing import Optional
 
-from .launch_command import FairseqCommand
+from ..common.paths import PLUGIN
+from .command import FairseqCommand
 
-OURS = os.path.basename(os.path.dirname(os.path.abspath(__file__)))  # fairseq_codistill
+OURS = os.path.basename(PLUGIN)  # fairseq_codistill
 CRITERION = "codistill_ce"
 PLAIN = ("cross_entropy", "label_smoothed_cross_entropy")
 
@@ -24,7 +25,7 @@ def find_user_dir(command: FairseqCommand) -> Optional[str]:
     if os.path.isdir(given):
         return os.path.abspath(given) if command.is_hydra else given
     if os.path.normpath(given) == OURS:
-        return os.path.dirname(os.path.abspath(__file__))
+        return PLUGIN
     spec = importlib.util.find_spec("fairseq")  # imports nothing
     for package in (spec.submodule_search_locations or []) if spec else []:  # fairseq looks there next
         if any(os.path.isdir(os.path.join(package, place, given)) for place in ("", "..")):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Optional
 
-from .launch_hydra import HydraConfig
+from .hydra import HydraConfig
 
 LAST = "checkpoint_last.pt"  # fairseq's default --restore-file, looked for in the save directory
 # What must happen at a training's first start alone; fairseq does all but the last at every start.

@@ -15,8 +15,8 @@ import stat
 from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
-from .launch_view import size
-from .topology import edges_of, teachers_of
+from ..core.topology import edges_of, teachers_of
+from .view import size
 
 # fairseq's translation transformers: layers of encoder and of decoder, width, feed-forward width.
 _ARCHITECTURES = {

@@ -3,7 +3,7 @@
 SIGKILL leaves the launcher no time to stop anybody, and its peers, in process groups of their own, would train on. The guard
 reads a pipe that only the launcher holds, so it ends with the launcher, however that dies and on every kind of Unix. A
 parent-death signal would reach the first process of each peer alone, neither its ranks nor its data workers.
-It runs as a script of its own, `python launch_guard.py GRACE`, and needs nothing but Python.
+It runs as a script of its own, `python guard.py GRACE`, and needs nothing but Python.
 """
 
 from __future__ import annotations

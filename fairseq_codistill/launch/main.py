@@ -21,11 +21,13 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from . import launch_preview, launch_status
-from .launch_plan import Plan, make_plan
-from .launch_supervisor import Supervisor
-from .launch_view import LiveView, PlainView, print_summary
-from .output import tolerant_output
+from ..common.output import tolerant_output
+from ..common.paths import PLUGIN
+from . import preview as launch_preview
+from . import status as launch_status
+from .plan import Plan, make_plan
+from .supervisor import Supervisor
+from .view import LiveView, PlainView, print_summary
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,7 +101,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if argv and argv[0] == "status":
         return launch_status.main(argv[1:])
     if list(argv) == ["--user-dir"]:
-        print(os.path.dirname(os.path.abspath(__file__)))
+        print(PLUGIN)
         return 0
     try:
         options = parse_arguments(argv)

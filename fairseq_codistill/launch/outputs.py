@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Callable, Optional
 
-from .launch_command import FairseqCommand, absolute
+from .command import FairseqCommand, absolute
 
 PLASMA = "/tmp/plasma"  # fairseq's default socket
 RUN_DIR = "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"  # hydra's default

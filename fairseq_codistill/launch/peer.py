@@ -12,11 +12,11 @@ import time
 from collections.abc import Mapping
 from typing import Optional
 
-from .launch_guard import Guard
-from .launch_plan import FairseqCommand, PeerPlan
-from .launch_progress import LogFollower
+from .guard import Guard
+from .plan import FairseqCommand, PeerPlan
+from .progress import LogFollower
 
-# The first process of a peer: names its group to the guard, whose pipe is its stdin (see launch_guard), then becomes the
+# The first process of a peer: names its group to the guard, whose pipe is its stdin (see guard.py), then becomes the
 # command. `exec` leaves no shell behind; >> lets every process of the peer append without overwriting another's lines.
 _SCRIPT = '(echo $$) >&0 2>/dev/null; log=$1; shift; exec "$@" >>"$log" 2>&1 </dev/null'
 # fairseq would die of these, which schedulers send as a warning to every process of a job (Slurm's --signal=USR1@60).

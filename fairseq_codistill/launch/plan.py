@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
-from . import launch_checks, launch_outputs
-from .launch_command import LAST, FairseqCommand, absolute, first_start_options, going_on, has_begun
+from . import checks, outputs
+from .command import LAST, FairseqCommand, absolute, first_start_options, going_on, has_begun
 
 SEED_STEP = 10_000_000  # fairseq seeds update u with seed + u: peers this far apart never draw the same numbers
 
@@ -66,7 +66,7 @@ def make_plan(options: argparse.Namespace, environ: Mapping[str, str]) -> Plan:
             own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[i])
         plan.peers.append(plan_peer(i, command, own, run_dir))
     if base.is_training:
-        plan.notes += start_notes(base, plan.peers) + launch_outputs.notes(base, environ, options.peers)
+        plan.notes += start_notes(base, plan.peers) + outputs.notes(base, environ, options.peers)
     plan.notes += _gpu_notes(gpus, asked, visible)
     return plan
 
@@ -80,18 +80,18 @@ def prepare(base: FairseqCommand, peers: int) -> tuple[FairseqCommand, list[str]
     if not base.is_training:
         note = f"{base.words[0]} is not fairseq-train or fairseq-hydra-train, so its options stay as they are;"
         return base, [f"{note} let it use $CODISTILL_PEER for its save directory and seed."]
-    given, user_dir = base.get("user-dir"), launch_checks.find_user_dir(base)
+    given, user_dir = base.get("user-dir"), checks.find_user_dir(base)
     if user_dir is not None and user_dir != given:
-        if os.path.normpath(given or "") == launch_checks.OURS and not os.path.isdir(given or ""):
+        if os.path.normpath(given or "") == checks.OURS and not os.path.isdir(given or ""):
             notes.append(f"{base.spelling('user-dir')} {given} is no folder here; it is the installed plugin, {user_dir}.")
         base.put("user-dir", user_dir)
-    launch_checks.check(base, save_dir_of(base))
+    checks.check(base, save_dir_of(base))
     if base.is_hydra:
         _make_absolute(base)
     log_format = base.get("log-format")
     if log_format not in (None, "json"):
         notes.append(f"with log format {log_format!r} the losses cannot be shown here; json is the one that is read.")
-    return base, notes + launch_checks.notes(base, peers)
+    return base, notes + checks.notes(base, peers)
 
 
 def save_dir_of(base: FairseqCommand) -> str:
@@ -129,7 +129,7 @@ def peer_command(
         return command, {}
     save_dir = save_dir_of(base)
     # A log that tells where checkpoints are should tell it as the user did, where that is enough.
-    command.put("save-dir", launch_outputs.own_folder(absolute(save_dir) if base.is_hydra else save_dir, index))
+    command.put("save-dir", outputs.own_folder(absolute(save_dir) if base.is_hydra else save_dir, index))
     command.put("seed", str(seed + index * SEED_STEP))
     if base.get("log-format") is None:
         command.put("log-format", "json")
@@ -139,9 +139,9 @@ def peer_command(
     if peers == 1:
         return command, {}
     if command.is_hydra:
-        launch_outputs.make_own_hydra_folder(command, index)
-    launch_outputs.make_own(command, index)
-    return command, launch_outputs.own_environ(command, index, save_dir, environ)
+        outputs.make_own_hydra_folder(command, index)
+    outputs.make_own(command, index)
+    return command, outputs.own_environ(command, index, save_dir, environ)
 
 
 def plan_peer(index: int, command: FairseqCommand, environ: dict[str, str], run_dir: str) -> PeerPlan:

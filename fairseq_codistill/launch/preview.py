@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping
 from typing import Optional
 
-from . import launch_cost
-from .launch_plan import FairseqCommand, PeerPlan, Plan
-from .launch_view import resources
-from .observer import read_run
-from .stores import open_store
+from ..exchange.observer import read_run
+from ..exchange.stores import open_store
+from . import cost
+from .plan import FairseqCommand, PeerPlan, Plan
+from .view import resources
 
 _RUN_LOOKS = 5  # tenths of a second; run.json may just be being written by a peer that others have started
 
@@ -52,7 +52,7 @@ def dry_run(plan: Plan, environ: Mapping[str, str]) -> str:
         lines.append(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in peer.environ.items()), *map(shlex.quote, peer.command)]))
     if command.is_training:
         exchange = exchange_of(plan.peers[0], environ)
-        lines += [f"# {line}" for line in launch_cost.costs(command.words, data_of(command), len(plan.peers), exchange)]
+        lines += [f"# {line}" for line in cost.costs(command.words, data_of(command), len(plan.peers), exchange)]
     return "\n".join(lines)
 
 

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Optional
 
-from . import fairseq_log
-from .fairseq_log import Record
+from ..common import fairseq_log
+from ..common.fairseq_log import Record
 
 
 @dataclass

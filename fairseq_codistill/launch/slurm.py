@@ -1,6 +1,6 @@
 r"""What recipes/slurm/peer.sbatch asks at each start of a peer: the same that `codistill-launch` tells its peers.
 
-    python -m fairseq_codistill.launch_slurm PEER PEERS fairseq-train …
+    python -m fairseq_codistill.launch.slurm PEER PEERS fairseq-train …
 
 Mends a torn checkpoint and prints shell code: `export` of what the peer finds in its environment, `folder` and `command`.
 Exit status: 0; 2 for bad input, in one sentence; 3 where a torn checkpoint cannot be replaced, and it must not start.
@@ -14,9 +14,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Optional
 
-from . import launch_checkpoint, launch_outputs
-from .launch_command import FairseqCommand
-from .launch_plan import PeerPlan, peer_command, plan_peer, prepare, save_dir_of, start_notes
+from . import checkpoint, outputs
+from .command import FairseqCommand
+from .plan import PeerPlan, peer_command, plan_peer, prepare, save_dir_of, start_notes
 
 
 def plan(peer: int, peers: int, words: Sequence[str], environ: Mapping[str, str]) -> tuple[PeerPlan, list[str]]:
@@ -28,7 +28,7 @@ def plan(peer: int, peers: int, words: Sequence[str], environ: Mapping[str, str]
         # Absolute, because all peers must mean one folder.
         own["CODISTILL_DIR"] = os.path.abspath(os.path.join(save_dir_of(base), "exchange"))
     planned = plan_peer(peer, command, own, save_dir_of(base))
-    return planned, notes + start_notes(base, [planned]) + launch_outputs.notes(base, environ, peers)
+    return planned, notes + start_notes(base, [planned]) + outputs.notes(base, environ, peers)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -40,10 +40,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"peer.sbatch: {error}", file=sys.stderr)
         return 2
     try:
-        notes.append(launch_checkpoint.mend(planned.save_dir) or "")
+        notes.append(checkpoint.mend(planned.save_dir) or "")
     except ValueError as error:
         print(f"peer.sbatch: {error}", file=sys.stderr)
-        return launch_checkpoint.REFUSED
+        return checkpoint.REFUSED
     for note in filter(None, notes):
         print(f"peer.sbatch: note: {note}", file=sys.stderr)
     for name, value in planned.environ.items():

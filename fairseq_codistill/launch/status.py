@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .launch_view import duration, size, text_of
-from .manifest import FORMAT
-from .observer import LIVE_STATES, SILENT_SECONDS, Age, Observer, Row, find_exchange, plain
-from .output import failure, is_gone, tolerant_output
+from ..common.output import failure, is_gone, tolerant_output
+from ..exchange.manifest import FORMAT
+from ..exchange.observer import LIVE_STATES, SILENT_SECONDS, Age, Observer, Row, find_exchange, plain
+from .view import duration, size, text_of
 
 
 def run_line(observer: Observer) -> str:

@@ -9,12 +9,13 @@ import socket
 import time
 from typing import Optional
 
-from . import launch_checkpoint, launch_error
-from .launch_guard import Guard
-from .launch_peer import Peer
-from .launch_plan import Plan
-from .launch_view import PlainView, duration, resources, text_of
-from .output import hurried
+from ..common.output import hurried
+from . import checkpoint
+from . import error as launch_error
+from .guard import Guard
+from .peer import Peer
+from .plan import Plan
+from .view import PlainView, duration, resources, text_of
 
 POLL_SECONDS = 0.25
 _OUTPUT_SECONDS = 1.0  # a reader that is stopped must not keep us from a signal
@@ -107,7 +108,7 @@ class Supervisor:
     def _start(self, peer: Peer) -> bool:
         try:
             # A peer that would begin from update 0 because its checkpoint is torn had better not begin.
-            mended = peer.plan.save_dir and launch_checkpoint.mend(peer.plan.save_dir)
+            mended = peer.plan.save_dir and checkpoint.mend(peer.plan.save_dir)
             if mended:
                 self._tell(f"{peer.name}: {mended}")
             peer.start()

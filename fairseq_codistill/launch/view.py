@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from .launch_peer import Peer
-from .launch_plan import PeerPlan, Plan
+from .peer import Peer
+from .plan import PeerPlan, Plan
 
 BAR_WIDTH = 40  # at most; the numbers beside it say more
 PLAIN_SECONDS = 10.0  # without a terminal, a peer reports at most this often between validations

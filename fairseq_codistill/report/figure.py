@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .fairseq_log import choosing_metric
-from .report_log import Curve, TrainLog
-from .report_notes import choosing_metrics
-from .report_summary import Method
-from .report_table import Report
+from ..common.fairseq_log import choosing_metric
+from .log import Curve, TrainLog
+from .notes import choosing_metrics
+from .summary import Method
+from .table import Report
 
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000 #8C6D31".split()  # Okabe and Ito's, for all eyes
 STYLES = ("-", "--", ":", "-.")

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
-from .paths import expanded, printable
-from .report_log import TrainLog
-from .report_notes import some
-from .report_summary import Method, Peer, Run, Score
+from ..common.paths import expanded, printable
+from .log import TrainLog
+from .notes import some
+from .summary import Method, Peer, Run, Score
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from . import fairseq_log
-from .fairseq_log import Record, Values, as_float
+from ..common import fairseq_log
+from ..common.fairseq_log import Record, Values, as_float
 
 Curve = list[tuple[int, float]]  # (update, value), updates rising
 _LOADED = re.compile(r"Loaded checkpoint .* @ (\d+) updates\)")

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .output import failure, tolerant_output
-from .paths import expanded, printable
-from .report_figure import draw
-from .report_files import Found, ReportError, load, split_label
-from .report_notes import notes, some
-from .report_summary import Method
-from .report_table import Report, columns, rows, show
+from ..common.output import failure, tolerant_output
+from ..common.paths import expanded, printable
+from .figure import draw
+from .files import Found, ReportError, load, split_label
+from .notes import notes, some
+from .summary import Method
+from .table import Report, columns, rows, show
 
 
 def get_parser() -> argparse.ArgumentParser:

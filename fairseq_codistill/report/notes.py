@@ -6,9 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from .fairseq_log import as_float, choosing_metric
-from .report_log import TrainLog
-from .report_summary import Method
+from ..common.fairseq_log import as_float, choosing_metric
+from .log import TrainLog
+from .summary import Method
 
 SPREAD = (
     "The value of a seed is the mean over its peers; with several seeds: the seeds' mean ± their sample standard "

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from . import fairseq_log
-from .fairseq_log import Values
-from .report_log import TrainLog
+from ..common import fairseq_log
+from ..common.fairseq_log import Values
+from .log import TrainLog
 
 
 class Score(NamedTuple):

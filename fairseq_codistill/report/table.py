@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .fairseq_log import Values
-from .report_notes import SPREAD, UNITS, choosing_metrics
-from .report_summary import Method, Run, Score, Stat, summarise
+from ..common.fairseq_log import Values
+from .notes import SPREAD, UNITS, choosing_metrics
+from .summary import Method, Run, Score, Stat, summarise
 
 
 class Column(NamedTuple):

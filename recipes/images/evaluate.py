@@ -19,8 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 import torch  # noqa: E402
 from paths import user_path  # noqa: E402
 
-from fairseq_codistill.image_folder import find_images, split_folder  # noqa: E402
-from fairseq_codistill.image_predict import load, predict  # noqa: E402
+from fairseq_codistill.image.folder import find_images, split_folder  # noqa: E402
+from fairseq_codistill.image.predict import load, predict  # noqa: E402
 
 
 def scores(paths: Sequence[Path], data: Path, split: str, device: str) -> Dict[str, float]:

@@ -22,8 +22,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from image_sweep import TRAIN, Run, read_runs, user_path  # noqa: E402
 
-from fairseq_codistill.fairseq_log import nll  # noqa: E402
-from fairseq_codistill.report_log import TrainLog  # noqa: E402
+from fairseq_codistill.common.fairseq_log import nll  # noqa: E402
+from fairseq_codistill.report.log import TrainLog  # noqa: E402
 
 Curve = List[Tuple[int, float]]
 

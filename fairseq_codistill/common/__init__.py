@@ -1,0 +1,1 @@
+"""What several folders need and what belongs to none of them."""

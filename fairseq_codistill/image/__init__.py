@@ -1,0 +1,1 @@
+"""Image classification for fairseq: a task, models, learning rate schedules, an optimizer. Knows nothing of codistillation."""

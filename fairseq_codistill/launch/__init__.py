@@ -1,0 +1,1 @@
+"""`codistill-launch`: starts the peers, watches them, shows and previews them. Needs neither fairseq nor torch to start."""

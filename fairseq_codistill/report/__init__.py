@@ -1,0 +1,1 @@
+"""`codistill-report`: tables and figures from fairseq's logs. Needs neither fairseq nor torch."""

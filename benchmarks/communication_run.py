@@ -12,7 +12,7 @@ from typing import List, NamedTuple, Tuple
 
 import run_log
 from communication import BYTES
-from run_log import Life, Run
+from run_log import Attempt, Run
 
 TOLERANCE = 0.05
 
@@ -50,13 +50,13 @@ def compare(path: str) -> int:
 
 
 def checks(run: Run, peer: int) -> List[Check]:
-    """Lives without totals (killed) are left out, and what they published and read with them."""
-    counted = [life for life in run.peers[peer] if life.totals]
+    """Attempts without totals (killed) are left out, and what they published and read with them."""
+    counted = [attempt for attempt in run.peers[peer] if attempt.totals]
     size, largest = snapshot_bytes(counted[0])
-    published = sum(publications(life) for life in counted)
-    low, high = (sum(ends) for ends in zip(*(readings(run, peer, life) for life in counted)))
-    updates = sum(life.totals["updates"] for life in counted)
-    wrote, read = (sum(life.totals[f"{verb}_bytes"] for life in counted) for verb in ("published", "read"))
+    published = sum(publications(attempt) for attempt in counted)
+    low, high = (sum(ends) for ends in zip(*(readings(run, peer, attempt) for attempt in counted)))
+    updates = sum(attempt.totals["updates"] for attempt in counted)
+    wrote, read = (sum(attempt.totals[f"{verb}_bytes"] for attempt in counted) for verb in ("published", "read"))
     return [
         Check("published", size * published, largest * published, wrote),
         Check("read", size * low, largest * high, read),
@@ -65,31 +65,31 @@ def checks(run: Run, peer: int) -> List[Check]:
     ]
 
 
-def snapshot_bytes(life: Life) -> Tuple[float, float]:
+def snapshot_bytes(attempt: Attempt) -> Tuple[float, float]:
     """The least and the most that a snapshot can have."""
-    given = life.options.get("codistill_wire_dtype", "None")
+    given = attempt.options.get("codistill_wire_dtype", "None")
     # By default two bytes for a number, whatever the model: its own 16 bits, or bf16 for fp32.
-    size = life.parameters * BYTES["bf16" if given == "None" else given]
+    size = attempt.parameters * BYTES["bf16" if given == "None" else given]
     # How narrow the matrices are decides what int8's scales add, a tenth at most; the log does not tell.
     return size, size * (1.1 if given == "int8" else 1.0)
 
 
-def publications(life: Life) -> int:
-    """The snapshots that a life published: one at each multiple of N from its first update on, and one at its end."""
-    first, end = life.first, life.first + life.totals["updates"]
-    due = -(-end // life.interval) - -(-first // life.interval)
-    return due + life.completed - life.totals["skipped"] - life.totals["failed"]
+def publications(attempt: Attempt) -> int:
+    """The snapshots that an attempt published: one at each multiple of N from its first update on, and one at its end."""
+    first, end = attempt.first, attempt.first + attempt.totals["updates"]
+    due = -(-end // attempt.interval) - -(-first // attempt.interval)
+    return due + attempt.completed - attempt.totals["skipped"] - attempt.totals["failed"]
 
 
-def readings(run: Run, peer: int, life: Life) -> Tuple[int, int]:
-    """The fewest and the most snapshots that a life can have read of all its teachers."""
-    exchanges = -(-life.totals["updates"] // life.interval)
+def readings(run: Run, peer: int, attempt: Attempt) -> Tuple[int, int]:
+    """The fewest and the most snapshots that an attempt can have read of all its teachers."""
+    exchanges = -(-attempt.totals["updates"] // attempt.interval)
     low = high = 0
     for teacher in run.teachers(peer):
         events = [event for other in run.peers[teacher] for event in other.published if event.update > 0]
         # One that is there already when I begin is read as well, but only the newest such.
-        before = [event for event in events if event.second < life.begins]
-        during = [event for event in events if life.begins <= event.second <= life.ends]
+        before = [event for event in events if event.second < attempt.begins]
+        during = [event for event in events if attempt.begins <= event.second <= attempt.ends]
         readable = len(during) + bool(before)
         high += readable
         low += max(0, min(readable - 1, exchanges - 1))

@@ -17,9 +17,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fairseq_codistill.exchange.exchange import Exchange
-from fairseq_codistill.exchange.manifest import MANIFEST_LIMIT, BadSnapshot, Manifest, Presence
-from fairseq_codistill.exchange.observer import Observer
+from fairseq_codistill.exchange.manifest import MANIFEST_LIMIT, BadSnapshot, Heartbeat, Manifest
 from fairseq_codistill.exchange.snapshot import Buffer, Weights, fingerprint, size_limit, tensors_of
+from fairseq_codistill.exchange.status import StatusReader
 from fairseq_codistill.exchange.stores import MemoryStore
 
 # What of a refusal's sentence is of one example only: names, numbers, values.
@@ -73,12 +73,12 @@ class Published:
                 Buffer.of(tensors_of(Model(update)), wire), update, epoch=2, fingerprint=self.fingerprint,
                 model={"class": "Model"}, time=1.7e9, valid_loss=4.25,
             )  # fmt: skip
-        told = Presence("one", 7, "training", "node17", 4711, 1.7e9, UPDATE + 3, 300, 4.5, {"0": 50})
+        told = Heartbeat("one", 7, "training", "node17", 4711, 1.7e9, UPDATE + 3, 300, 4.5, {"0": 50})
         store.write(ALIVE, told.to_json())
         self.files: Files = dict(store._files)
         self.manifests = {update: exchange.at(1, update) for update in (EARLIER, UPDATE)}
         self.weights = {u: exchange.fetch(1, m, self.fingerprint, self.expected) for u, m in self.manifests.items()}
-        self.presence = exchange.presence(1)
+        self.heartbeat = exchange.heartbeat(1)
 
 
 def slow_read(data: bytes, expected: Weights) -> Weights:
@@ -143,12 +143,12 @@ def read(published: Published, files: Files, forged: bool) -> Verdict:
             _believed(published, files, manifest, weights, forged, verdict)
     manifest = None if "peer1/latest.json" not in files else _attempt(lambda: exchange.at(1, UPDATE), Verdict())
     assert manifest is None or manifest.update == UPDATE, f"update {manifest.update} is taken for update {UPDATE}"
-    presence = _attempt(lambda: exchange.presence(1), verdict)
-    if presence is not None:
-        well_formed(presence)
-        assert forged or presence == published.presence, f"the sign of life {presence} was never given"
-        verdict.words.append("as published" if presence == published.presence else "as vouched for")
-    rows = Observer(store).look()
+    heartbeat = _attempt(lambda: exchange.heartbeat(1), verdict)
+    if heartbeat is not None:
+        well_formed(heartbeat)
+        assert forged or heartbeat == published.heartbeat, f"the heartbeat {heartbeat} was never given"
+        verdict.words.append("as published" if heartbeat == published.heartbeat else "as vouched for")
+    rows = StatusReader(store).look()
     assert len(rows) == 2 and all(len(text) < 200 and text.isprintable() for row in rows for text in row.problems.values())
     return verdict
 
@@ -195,7 +195,7 @@ def well_formed(record: Any) -> None:
             assert isinstance(value, (int, float)) and -1e300 < value < 1e300, (name, value)
         elif name in ("model", "options", "structure", "teachers"):
             assert isinstance(value, dict), (name, value)
-        elif name in ("file", "checksum", "dtype", "fingerprint", "life", "run", "state", "host"):
+        elif name in ("file", "checksum", "dtype", "fingerprint", "start_id", "run", "state", "host"):
             assert isinstance(value, str) and len(value) <= 255, (name, value)
         elif name == "done":
             assert value is True or value is False
@@ -204,4 +204,4 @@ def well_formed(record: Any) -> None:
     if isinstance(record, Manifest):
         assert record.file == f"u{record.update:09d}.safetensors" and len(record.checksum) == 71
     else:
-        assert record.state in ("training", "waiting", "ended", "stopped") and (record.host + record.life).isprintable()
+        assert record.state in ("training", "waiting", "ended", "stopped") and (record.host + record.start_id).isprintable()

@@ -1,4 +1,4 @@
-"""Thousands of damaged and forged snapshots, manifests and signs of life against the code that reads them.
+"""Thousands of damaged and forged snapshots, manifests and heartbeats against the code that reads them.
 
     python benchmarks/fuzz_snapshots.py --examples 2200 --seed 1
 

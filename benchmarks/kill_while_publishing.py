@@ -8,7 +8,7 @@ Half of the kills are with large snapshots, where writing takes the time, half w
 Where each kill struck is read off from what lay in the directory afterwards. It fails (exit status 1) if the reader
 believes a snapshot whose values are not all its update's number, finds anything that it must refuse, goes back to an older
 one or crashes; if a restart cannot take the dead one's place; if the directory grows beyond what it may hold, or holds
-anything but the snapshots that are kept after one life that ended well.
+anything but the snapshots that are kept after one start that ended well.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MOMENTS = (
 
 
 def publish_for_ever(path: str, width: int, ready: Any) -> None:
-    """One life of the peer: resumes after what it had published, publishes until it is killed."""
+    """One start of the peer: resumes after what it had published, publishes until it is killed."""
     torch.set_num_threads(1)
     publish(path, width, ready.set)
 
@@ -154,7 +154,7 @@ class Kills:
     snapshot: int = 0  # bytes of one snapshot's weights
     last: int = 0  # update
     unreadable: int = 0  # times that latest.json was not to be read
-    leftovers: int = 0  # files that nobody needs, after one life that ended well
+    leftovers: int = 0  # files that nobody needs, after one start that ended well
 
     @property
     def is_good(self) -> bool:
@@ -218,7 +218,7 @@ def show(results: List[Tuple[Kills, Reads]], options: argparse.Namespace, second
             lambda kills, _: f"{kills.largest / kills.snapshot:.2f}",
         ),
         ("  files", lambda kills, _: kills.most_files),
-        ("files left over after a life that ended well", lambda kills, _: kills.leftovers),
+        ("files left over after a start that ended well", lambda kills, _: kills.leftovers),
     ]
     for name, cell in rows:
         print(f"{name:56}" + "".join(f"{cell(*result):>10}" for result in results))

@@ -7,7 +7,7 @@ worker and update; a peer waits for its slowest worker. No worker is slow for ev
 step, its forward pass. Then comes an all_reduce inside the peer: a ring's bytes, 2 (w - 1)/w of the gradients, over links of
 `within_bytes_per_s`, and a double tree's 2 log₂ w hops (kinder to all_reduce than a ring's 2 (w - 1)); the backward pass
 hides as much of it as `hidden_share` of a step.
-Exchange, as `codistiller` and `courier` do it. A snapshot every `interval` updates: copying it holds the training thread,
+Exchange, as `codistiller` and `background` do it. A snapshot every `interval` updates: copying it holds the training thread,
 the rest is in the background, and with one publish in flight the next is skipped. A thread for each teacher looks 50
 times an interval (every 0.1 to 10 s) and reads the newest that it finds. The exchange takes what has been read; for
 teachers that had nothing new it looks again every interval/10 updates. Taking copies the weights and broadcasts them

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from simulation import Scenario
 
 Seconds = Callable[[int, int, int], float]  # (peer, first update, end) -> seconds that these updates take
-# As in the courier and the codistiller.
+# As in the background exchange and the codistiller.
 LOOKS, SHORTEST_PERIOD, LONGEST_PERIOD, FIRST_PERIOD = 50, 0.1, 10.0, 0.5
 LATE_LOOKS = 10
 

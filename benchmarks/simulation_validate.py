@@ -13,7 +13,7 @@ from typing import List, NamedTuple, Sequence, Tuple
 import communication_run
 import numpy as np
 import run_log
-from run_log import Life, Run
+from run_log import Attempt, Run
 from simulation import Scenario
 from simulation_peer import LATE_LOOKS, Peer, World
 
@@ -47,37 +47,40 @@ def validate(path: str) -> int:
 
 
 def comparisons(run: Run) -> List[Comparison]:
-    lives = [_only_life(run, peer) for peer in range(len(run.peers))]
-    replays = [replay(run, lives, seed) for seed in range(CHANCES)]
+    attempts = [_only_attempt(run, peer) for peer in range(len(run.peers))]
+    replays = [replay(run, attempts, seed) for seed in range(CHANCES)]
     results = []
-    for index, life in enumerate(lives):
+    for index, attempt in enumerate(attempts):
         peers = [peers[index] for peers in replays]
-        predicted, measured = zip(*(_staleness(life, peer) for peer in peers))
-        results.append(Comparison(index, "staleness", min(predicted), max(predicted), measured[0], life.interval / LATE_LOOKS))
-        sizes = communication_run.snapshot_bytes(life)
+        predicted, measured = zip(*(_staleness(attempt, peer) for peer in peers))
+        tolerance = attempt.interval / LATE_LOOKS
+        results.append(Comparison(index, "staleness", min(predicted), max(predicted), measured[0], tolerance))
+        sizes = communication_run.snapshot_bytes(attempt)
         # The last snapshot of each teacher may be read or not.
-        results.append(_bytes(index, "published", [peer.published for peer in peers], sizes, life, 0))
-        results.append(_bytes(index, "read", [peer.read for peer in peers], sizes, life, len(peers[0].teachers)))
+        results.append(_bytes(index, "published", [peer.published for peer in peers], sizes, attempt, 0))
+        results.append(_bytes(index, "read", [peer.read for peer in peers], sizes, attempt, len(peers[0].teachers)))
     return results
 
 
-def _bytes(peer: int, verb: str, snapshots: Sequence[int], sizes: Tuple[float, float], life: Life, unsure: int) -> Comparison:
-    measured, tolerance = life.totals[f"{verb}_bytes"], communication_run.TOLERANCE * life.totals[f"{verb}_bytes"]
+def _bytes(
+    peer: int, verb: str, snapshots: Sequence[int], sizes: Tuple[float, float], attempt: Attempt, unsure: int
+) -> Comparison:
+    measured, tolerance = attempt.totals[f"{verb}_bytes"], communication_run.TOLERANCE * attempt.totals[f"{verb}_bytes"]
     low, high = min(snapshots) * sizes[0], max(snapshots) * sizes[1]
     return Comparison(peer, f"bytes {verb}", low, high, measured, tolerance + unsure * sizes[1])
 
 
-def replay(run: Run, lives: List[Life], seed: int = 1) -> List[Peer]:
+def replay(run: Run, attempts: List[Attempt], seed: int = 1) -> List[Peer]:
     """The simulated peers of a measured run, at its own pace."""
-    clocks = [_clock(life) for life in lives]
+    clocks = [_clock(attempt) for attempt in attempts]
     starts = [float(seconds[0]) for _, seconds in clocks]
-    writes = [event.value for life in lives for event in life.published]
-    totals = [life.totals for life in lives]
+    writes = [event.value for attempt in attempts for event in attempt.published]
+    totals = [attempt.totals for attempt in attempts]
     reads = sum(total["read"] for total in totals)
     hidden = sum(total["hidden_s"] for total in totals)
     infinite = {name: math.inf for name in Scenario.__dataclass_fields__ if name.endswith("_bytes_per_s")}
     scenario = Scenario(
-        peers=len(lives), workers=1, interval=lives[0].interval, updates=totals[0]["updates"],
+        peers=len(attempts), workers=1, interval=attempts[0].interval, updates=totals[0]["updates"],
         topology=run.options["codistill_topology"], **infinite, latency_s=0.0,
         encode_s=float(np.mean(writes)), verify_s=max(0.0, hidden - sum(writes)) / max(1, reads),
         failures_per_worker_hour=0.0, seed=seed,
@@ -90,15 +93,15 @@ def replay(run: Run, lives: List[Life], seed: int = 1) -> List[Peer]:
     return World(scenario, seconds, [start - min(starts) for start in starts]).run()
 
 
-def _clock(life: Life) -> Tuple[np.ndarray, np.ndarray]:
+def _clock(attempt: Attempt) -> Tuple[np.ndarray, np.ndarray]:
     """(updates from 0 on, seconds at which they were done).
 
     The log's clock has whole seconds, but `ups` tells how long each window took. Many whole seconds on that course tell
     where it begins, as a vernier does; the log's second stays the bound.
     """
-    stamps = {0: life.begins}
-    stamps.update({event.update: event.second - event.value for event in life.published})
-    inner = [(second, record) for second, record in life.records if record.tag == "train_inner"]
+    stamps = {0: attempt.begins}
+    stamps.update({event.update: event.second - event.value for event in attempt.published})
+    inner = [(second, record) for second, record in attempt.records if record.tag == "train_inner"]
     windows = [(record.update, record.values.get("ups")) for _, record in inner]
     stamps.update({record.update: second for second, record in inner})
     updates = np.array(sorted(stamps))
@@ -112,13 +115,13 @@ def _clock(life: Life) -> Tuple[np.ndarray, np.ndarray]:
     return updates, np.maximum.accumulate(seconds)
 
 
-def _staleness(life: Life, peer: Peer) -> Tuple[float, float]:
+def _staleness(attempt: Attempt, peer: Peer) -> Tuple[float, float]:
     """(predicted, measured), means over the windows of the log that have both."""
-    ages = np.full(life.totals["updates"], math.nan)
+    ages = np.full(attempt.totals["updates"], math.nan)
     for updates, staleness in zip(peer.aged, peer.ages):
         ages[updates] = staleness
     predicted, measured, weights, before = [], [], [], 0
-    for _, record in life.records:
+    for _, record in attempt.records:
         if record.tag == "train_inner":
             window, before = ages[before : record.update], record.update
             taught = window[~np.isnan(window)]
@@ -131,18 +134,19 @@ def _staleness(life: Life, peer: Peer) -> Tuple[float, float]:
     return float(np.average(predicted, weights=weights)), float(np.average(measured, weights=weights))
 
 
-def _only_life(run: Run, peer: int) -> Life:
-    lives = run.peers[peer]
-    life = lives[-1]
+def _only_attempt(run: Run, peer: int) -> Attempt:
+    attempts = run.peers[peer]
+    attempt = attempts[-1]
     rules = [
-        (len(lives) == 1 and life.first == 0, "a run whose peers were not restarted", f"peer {peer} has {len(lives)} lives"),
-        (life.options["codistill_sync"] == "False", "a run without --codistill-sync",
+        (len(attempts) == 1 and attempt.first == 0, "a run whose peers were not restarted",
+         f"peer {peer} has {len(attempts)} attempts"),
+        (attempt.options["codistill_sync"] == "False", "a run without --codistill-sync",
          "this one's peers wait for each other, so that its staleness is (N - 1)/2 whatever the storage does"),
-        (life.options["codistill_topology"] in ("all", "ring"), "a run with topology all or ring", "this one has another"),
-        (life.totals["updates"] == run.peers[0][0].totals["updates"], "a run whose peers made equally many updates",
-         f"peer {peer} made {life.totals['updates']}"),
+        (attempt.options["codistill_topology"] in ("all", "ring"), "a run with topology all or ring", "this one has another"),
+        (attempt.totals["updates"] == run.peers[0][0].totals["updates"], "a run whose peers made equally many updates",
+         f"peer {peer} made {attempt.totals['updates']}"),
     ]  # fmt: skip
     for good, must, but in rules:
         if not good:
             raise ValueError(f"--validate needs {must}, but in {run.path} {but}.")
-    return life
+    return attempt

@@ -52,7 +52,7 @@ def avoid_broken_fast_path() -> None:
         TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)
 
 
-# Libraries that we bring in and that log what they do, line by line: to storage, and for each image.
+# Libraries that this package brings in and that log what they do, line by line: to storage, and for each image.
 _CHATTY = ("aiobotocore", "aiohttp", "asyncio", "boto3", "botocore", "fsspec", "gcsfs", "PIL", "s3fs", "s3transfer", "urllib3")
 
 

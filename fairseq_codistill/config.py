@@ -33,7 +33,7 @@ def _option(default, help: str):
 # fairseq reads the types of these fields at run time, so this module has no `from __future__ import annotations`.
 @dataclass
 class CodistillConfig(FairseqDataclass):
-    codistill_peer: Optional[int] = _option(None, "my index among the peers, 0 … n−1 (default: $CODISTILL_PEER, else 0)")
+    codistill_peer: Optional[int] = _option(None, "index of this peer, 0 … n−1 (default: $CODISTILL_PEER, else 0)")
     codistill_peers: Optional[int] = _option(None, "number of peers (default: $CODISTILL_PEERS, else 1)")
     codistill_dir: Optional[str] = _option(
         None, "where snapshots are exchanged: a directory, or a URL such as s3://bucket/run (default: $CODISTILL_DIR)"
@@ -63,7 +63,7 @@ class CodistillConfig(FairseqDataclass):
         "ce; no growth for uniform and unigram; no limit for the other schedules)",
     )
     codistill_burn_in: int = _option(0, "updates before which α is 0 and no peer is run")
-    codistill_topology: str = _option("all", "whom I learn from: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
+    codistill_topology: str = _option("all", "topology: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
     codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(
         "pairwise", "pairwise: mean of the distances; mean: distance to the peers' mean prediction"
     )
@@ -73,7 +73,7 @@ class CodistillConfig(FairseqDataclass):
         "int8 saves memory and costs time",
     )
     codistill_every: int = _option(
-        1, "of so many updates one is taught, and the others are plain and cheaper; α is not raised for it"
+        1, "distil on every k-th update only, the others are plain and cheaper; α is not raised for it"
     )
     codistill_wire_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
         None, "precision in which weights travel (default: bf16 for an fp32 model, else the model's)"
@@ -92,7 +92,7 @@ class CodistillConfig(FairseqDataclass):
     codistill_teacher: Optional[str] = _option(
         None, "frozen fairseq checkpoints a.pt:b.pt instead of peers (offline distillation)"
     )
-    # no option of ours, but given by habit: so that there is a sentence instead of "unrecognized arguments"
+    # no option of this criterion, but given by habit: so that there is a sentence instead of "unrecognized arguments"
     label_smoothing: Optional[float] = _option(None, argparse.SUPPRESS)
     # fairseq's own, filled in by fairseq
     sentence_avg: bool = II("optimization.sentence_avg")
@@ -104,7 +104,7 @@ class CodistillConfig(FairseqDataclass):
 
 
 def read_environment(cfg: CodistillConfig) -> CodistillConfig:
-    """Fill who I am, how many we are and where from the environment, where the command line is silent."""
+    """Fill index, number and directory of the peers from the environment, where the command line is silent."""
     for name, variable in ENVIRONMENT.items():
         text = os.environ.get(variable)
         if getattr(cfg, name) is None and text:

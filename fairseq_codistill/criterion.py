@@ -3,7 +3,7 @@
     loss = Σ over positions of (cross entropy + α · D), divided by the same `sample_size` as `cross_entropy`
 
 A position is a target token or an image; padding adds nothing. A sample that carries no teaching (validation, α = 0,
-nobody to learn from) gets plain cross entropy: there is no mode flag.
+no teacher) gets plain cross entropy: there is no mode flag.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         return nll_loss + teaching.alpha * (distance.sum() if reduce else distance), nll_loss, log
 
     def _fused(self, model, sample, teaching: Teaching, layers: Sequence[nn.Linear]):
-        """As `_whole`, without ever holding all logits. `layers`: the output layers, mine and then each peer's."""
+        """As `_whole`, without ever holding all logits. `layers`: the output layers, of this model and then of each peer."""
         target_N = sample["target"].reshape(-1)
         kept = (target_N != self.padding_idx).nonzero().squeeze(-1)
         peers = self._peers_features(teaching, sample["net_input"], layers[1:], kept)
@@ -126,7 +126,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         return peers
 
     def _output_layers(self, model, sample, teaching: Teaching) -> Optional[List[nn.Linear]]:
-        """The output layers of me and of my peers, if each has one that may be fused with the loss."""
+        """The output layers of the model and of its peers, if each has one that may be fused with the loss."""
         if self.distance_name in CONTROLS or not _plain_targets(model):
             return None
         for one in (model, *teaching.peers):
@@ -174,7 +174,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         return log
 
     def _peers_scores(self, teaching: Teaching, net_input, own_NV: Tensor, kept_N: Tensor, agreement: List[Tensor]):
-        """Each peer's scores [N, V], one after another; counts on the way where its top-1 is mine."""
+        """Each peer's scores [N, V], one after another; counts on the way where its top-1 is this model's."""
         own_top_N = own_NV.argmax(-1)
         for peer, output in teaching.outputs(net_input):
             peer_NV = self.scores(peer, output)
@@ -301,7 +301,7 @@ def _sources_sha256(task: Any) -> Optional[str]:
     try:
         by_language = getattr(task, "dicts", None) or {"": task.source_dictionary}
         lines = [f"{language} {teachers.digest(dictionary)}" for language, dictionary in sorted(by_language.items())]
-    except Exception:  # a task of somebody else's: not worth a training
+    except Exception:  # a task from elsewhere: decoration is not worth a training
         return None
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

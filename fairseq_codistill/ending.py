@@ -1,6 +1,6 @@
 """When and how a training ends, seen while Python is still whole, in every way that fairseq is started.
 
-fairseq calls nobody when a training ends, and at Python's exit it is late: executors are closed, so S3's libraries fail, and
+fairseq tells nobody that a training has ended, and Python's exit is too late: executors are closed, S3's libraries fail, and
 Python 3.12 starts no thread any more. But fairseq's program logs "done training in … seconds" after every training that was
 not broken off, whichever condition ended it: updates, epochs, hours, patience or learning rate. What ends without these
 words (an exception, wherever it was caught, sys.exit, a signal) was not completed.
@@ -76,8 +76,8 @@ def _hear(speaker: logging.Logger, task: Any, then: Callable[[], None]) -> Calla
     def listening(message: Any, *args: Any, **kwargs: Any) -> None:
         info(message, *args, **{**kwargs, "stacklevel": kwargs.get("stacklevel", 1) + 1})
         # One process may train one model after another (hydra's multirun).
-        mine = sys._getframe(1).f_locals.get("task", task) is task
-        if isinstance(message, str) and message.startswith(_LAST_WORDS) and mine:
+        of_this_task = sys._getframe(1).f_locals.get("task", task) is task
+        if isinstance(message, str) and message.startswith(_LAST_WORDS) and of_this_task:
             then()
 
     def forget() -> None:
@@ -117,7 +117,7 @@ def drain_on_sigterm(drain: Callable[[float], Any]) -> Callable[[], None]:
     The function returned gives SIGTERM back."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        return lambda: None  # somebody else's handler has the last word
+        return lambda: None  # another handler decides
     process = os.getpid()
 
     def on_sigterm(number: int, frame: Any) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_codistill.exchange import courier as courier_module
-from fairseq_codistill.exchange.courier import Courier
+from fairseq_codistill.exchange import background as background_module
+from fairseq_codistill.exchange.background import BackgroundExchange
 from fairseq_codistill.exchange.exchange import Exchange, Run
 from fairseq_codistill.exchange.manifest import BadSnapshot
 from fairseq_codistill.exchange.snapshot import fingerprint, tensors_of
@@ -48,7 +48,7 @@ class Gate(MemoryStore):
 
 
 class Arrivals(dict):
-    """What a courier has ready, with a way to wait for it."""
+    """What a background exchange has ready, with a way to wait for it."""
 
     def __init__(self):
         super().__init__()
@@ -67,9 +67,9 @@ def model(value=0.0):
     return net
 
 
-def courier(store, peer, teachers=(), sleep=time.sleep, **settings):
+def background(store, peer, teachers=(), sleep=time.sleep, **settings):
     net = model()
-    one = Courier(Exchange(store, peer, sleep), list(teachers), fingerprint(net), tensors_of(net), **settings)
+    one = BackgroundExchange(Exchange(store, peer, sleep), list(teachers), fingerprint(net), tensors_of(net), **settings)
     one._ready = Arrivals()
     return one
 
@@ -85,13 +85,13 @@ def value_of(found):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(courier_module, "_FIRST_PERIOD", 0.01)
-    monkeypatch.setattr(courier_module, "_GOODBYE", 0.2)
+    monkeypatch.setattr(background_module, "_FIRST_PERIOD", 0.01)
+    monkeypatch.setattr(background_module, "_STOP_SECONDS", 0.2)
 
 
 def test_training_does_not_wait_for_the_storage_and_a_slow_one_skips_versions(caplog):
     store = Gate(writing="safetensors")
-    one, net = courier(store, 0), model(1.0)
+    one, net = background(store, 0), model(1.0)
     facts = dict(epoch=1, model={}, time=0.0, fingerprint=fingerprint(net))
     assert one.publish(tensors_of(net), 1, **facts), "comes back though nothing can be written"
     assert store.reached.wait(SECONDS)
@@ -102,7 +102,7 @@ def test_training_does_not_wait_for_the_storage_and_a_slow_one_skips_versions(ca
     assert not one.drain(0.01)
     store.open.set()
     assert one.drain(SECONDS)
-    reader = courier(store, 1, [0], in_background=False)
+    reader = background(store, 1, [0], in_background=False)
     reader.look(0)
     manifest, weights = reader.take(0)
     assert manifest.update == 1 and (weights["weight"] == 1.0).all(), "the weights of the moment when it was asked for"
@@ -112,7 +112,7 @@ def test_training_does_not_wait_for_the_storage_and_a_slow_one_skips_versions(ca
 
 def test_snapshots_are_read_and_verified_ahead():
     store = MemoryStore()
-    me, other = courier(store, 0, [1]), courier(store, 1)
+    me, other = background(store, 0, [1]), background(store, 1)
     me.start()
     me.watch()
     assert me.take(1) is None
@@ -127,7 +127,7 @@ def test_snapshots_are_read_and_verified_ahead():
 
 def test_a_newer_snapshot_replaces_one_that_was_not_taken():
     store = MemoryStore()
-    me, other = courier(store, 0, [1]), courier(store, 1)
+    me, other = background(store, 0, [1]), background(store, 1)
     for update in (1, 2):
         publish(other, update, update)
         other.drain()
@@ -137,7 +137,7 @@ def test_a_newer_snapshot_replaces_one_that_was_not_taken():
 
 def test_a_teacher_whose_storage_hangs_holds_up_nobody():
     store = Gate(reading="peer1/u")
-    me, good, hanging = courier(store, 0, [1, 2]), courier(store, 2), courier(store, 1)
+    me, good, hanging = background(store, 0, [1, 2]), background(store, 2), background(store, 1)
     me.watch()
     publish(hanging, 1)
     assert store.reached.wait(SECONDS)
@@ -151,7 +151,7 @@ def test_a_teacher_whose_storage_hangs_holds_up_nobody():
 
 def test_a_bad_snapshot_is_read_a_few_times_and_then_left_alone(caplog):
     store = MemoryStore()
-    me, other = courier(store, 0, [1]), courier(store, 1)
+    me, other = background(store, 0, [1]), background(store, 1)
     publish(other, 1)
     other.drain()
     name = "peer1/u000000001.safetensors"
@@ -171,7 +171,7 @@ def test_a_bad_snapshot_is_read_a_few_times_and_then_left_alone(caplog):
 
 def test_a_bad_moment_of_the_storage_is_forgotten(caplog):
     store = MemoryStore()
-    me, other = courier(store, 0, [1]), courier(store, 1)
+    me, other = background(store, 0, [1]), background(store, 1)
     publish(other, 1, 4.0)
     other.drain()
     read = store.read
@@ -191,7 +191,7 @@ def test_a_bad_moment_of_the_storage_is_forgotten(caplog):
 
 def test_a_file_that_is_not_visible_yet_is_looked_for_again():
     store = MemoryStore()
-    me, other = courier(store, 0, [1]), courier(store, 1)
+    me, other = background(store, 0, [1]), background(store, 1)
     publish(other, 1, 4.0)
     other.drain()
     data = store.read("peer1/u000000001.safetensors", 10**6)
@@ -205,9 +205,9 @@ def test_a_file_that_is_not_visible_yet_is_looked_for_again():
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a library's own"), MemoryError(), OSError(28, "No space left on device")])
-def test_no_error_of_a_store_leaves_the_courier(error, caplog):
+def test_no_error_of_a_store_leaves_the_background(error, caplog):
     store = MemoryStore()
-    me, other = courier(store, 0, [1]), courier(store, 1)
+    me, other = background(store, 0, [1]), background(store, 1)
     publish(other, 1)
     other.drain()
 
@@ -218,38 +218,38 @@ def test_no_error_of_a_store_leaves_the_courier(error, caplog):
     me.look(1)
     publish(me, 1)
     assert me.drain(SECONDS) and me.totals.failed == 1
-    me._give_sign()
+    me._send_heartbeat()
     assert me.take(1) is None
-    for words in ("its snapshot cannot be read", "was not published", "no sign of life could be given"):
+    for words in ("its snapshot cannot be read", "was not published", "the heartbeat was not written"):
         assert words in caplog.text
 
 
 def test_signs_of_life():
     store = MemoryStore()
-    me = courier(store, 0, [1], updates=100, clock=lambda: 7.0)
-    me._give_sign()
-    first = me.exchange.presence(0)
+    me = background(store, 0, [1], updates=100, clock=lambda: 7.0)
+    me._send_heartbeat()
+    first = me.exchange.heartbeat(0)
     assert (first.state, first.update, first.updates, first.pid, first.time) == ("waiting", 0, 100, os.getpid(), 7.0)
     me.at(20, {1: 10})
     me.stop("ended")
-    last = me.exchange.presence(0)
+    last = me.exchange.heartbeat(0)
     assert (last.state, last.update, last.teachers) == ("ended", 20, {"1": 10})
-    assert last.beat > first.beat and last.life == first.life
+    assert last.beat > first.beat and last.start_id == first.start_id
 
 
 def test_the_speed_is_of_this_life_and_of_updates_that_were_seen(monkeypatch):
-    """After a resume the updates of the life before do not count, nor does the time between two exchanges go unseen."""
+    """After a resume the updates before the restart do not count, nor does the time between two exchanges go unseen."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(Courier, "_tell_of_company", lambda *_: None)
-    me = courier(MemoryStore(), 0)
+    monkeypatch.setattr(BackgroundExchange, "_log_peers", lambda *_: None)
+    me = background(MemoryStore(), 0)
 
     def speed(seconds, *exchange):
         now[0] += seconds
         if exchange:
             me.at(*exchange)
-        me._give_sign()
-        return me.exchange.presence(0).speed
+        me._send_heartbeat()
+        return me.exchange.heartbeat(0).speed
 
     assert speed(0) is None and speed(9, 24_000, {}) is None, "it began at update 24,000"
     assert speed(5) is None and speed(45, 24_100, {}) == 2.0
@@ -265,10 +265,10 @@ class NoLocks(MemoryStore):
 
 def test_without_locks_an_index_is_taken_only_from_a_peer_that_has_fallen_silent():
     store = NoLocks()
-    alive = courier(store, 0)
-    alive._give_sign()
+    alive = background(store, 0)
+    alive._send_heartbeat()
     with pytest.raises(ValueError, match=r"peer0 is already alive \(process \d+ on .*\).*--codistill-peer"):
-        Exchange(store, 0, sleep=lambda seconds: alive._give_sign()).join(Run(2, None, None))
+        Exchange(store, 0, sleep=lambda seconds: alive._send_heartbeat()).join(Run(2, None, None))
     naps = []
     Exchange(store, 0, sleep=naps.append).join(Run(2, None, None))
     assert sum(naps) == 15, "three beats"
@@ -278,9 +278,9 @@ def test_without_locks_an_index_is_taken_only_from_a_peer_that_has_fallen_silent
 
 def test_who_has_lost_its_index_says_so_once_and_writes_nothing_more(caplog):
     store = NoLocks()
-    one = courier(store, 0, sleep=lambda seconds: None)
+    one = background(store, 0, sleep=lambda seconds: None)
     one.exchange.join(Run(2, None, None))
-    one._give_sign()
+    one._send_heartbeat()
     publish(one, 1)
     one.drain()
     Exchange(store, 0, sleep=lambda seconds: None).join(Run(2, None, None))
@@ -288,16 +288,16 @@ def test_who_has_lost_its_index_says_so_once_and_writes_nothing_more(caplog):
     for update in (2, 3):
         assert publish(one, update)
         one.drain()
-        one._give_sign()
+        one._send_heartbeat()
     one.stop("ended")
     assert store._files == before and one.totals.failed == 2
-    assert [m for m in caplog.messages if "not published" in m or "sign of life" in m] == []
+    assert [m for m in caplog.messages if "not published" in m or "heartbeat" in m] == []
     assert caplog.text.count("peer0 in memory now belongs to process") == 1 and "training goes on" in caplog.text
 
 
 def test_one_reason_for_not_publishing_is_one_warning(caplog):
     store = MemoryStore()
-    one, write = courier(store, 0, in_background=False), store.write
+    one, write = background(store, 0, in_background=False), store.write
     for reason in ("No space left on device", "No space left on device", "Stale file handle"):
         def fails(*_, reason=reason):
             raise OSError(28, reason)
@@ -314,15 +314,15 @@ def test_one_reason_for_not_publishing_is_one_warning(caplog):
 
 def test_a_lock_proves_nothing_about_another_host(monkeypatch):
     store = MemoryStore()
-    alive = courier(store, 0)
+    alive = background(store, 0)
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
-    alive._give_sign()
+    alive._send_heartbeat()
     monkeypatch.undo()
 
     def beat(seconds):
         with monkeypatch.context() as there:
             there.setattr(socket, "gethostname", lambda: "elsewhere")
-            alive._give_sign()
+            alive._send_heartbeat()
 
     with pytest.raises(ValueError, match=r"peer0 is already alive \(process \d+ on elsewhere\)"):
         Exchange(store, 0, sleep=beat).join(Run(2, None, None))
@@ -333,7 +333,7 @@ def test_sigterm_finishes_what_is_being_published_and_then_ends_the_process(tmp_
     code = f"""
         import sys, torch
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_courier import *
+        from test_background import *
         from test_codistiller import codistiller
         from fairseq_codistill import ending
 
@@ -361,7 +361,7 @@ def test_sigterm_finishes_what_is_being_published_and_then_ends_the_process(tmp_
         process.wait(0.5)
     process.communicate("go on\n", timeout=SECONDS)
     assert process.returncode == -signal.SIGTERM
-    reader = courier(DirectoryStore(str(tmp_path / "x")), 1, [0])
+    reader = background(DirectoryStore(str(tmp_path / "x")), 1, [0])
     reader.look(0)
     manifest, weights = reader.take(0)
     assert manifest.update == 8 and (weights["weight"] == 3.0).all()
@@ -370,7 +370,7 @@ def test_sigterm_finishes_what_is_being_published_and_then_ends_the_process(tmp_
 def told(caplog, one, update):
     """What the log says of the other peers at `update`."""
     one.at(update, {})
-    one._telling.result(SECONDS)
+    one._logging.result(SECONDS)
     (line,) = [m for m in caplog.messages if f"at update {update}: " in m]
     return line.partition(f"at update {update}: ")[2]
 
@@ -378,30 +378,30 @@ def told(caplog, one, update):
 def test_the_log_tells_who_is_present(caplog):
     caplog.set_level("INFO")
     store = MemoryStore()
-    one, other = courier(store, 0, [1]), courier(store, 1)
+    one, other = background(store, 0, [1]), background(store, 1)
     one.exchange.join(Run(3, "a" * 64, 8))
     assert told(caplog, one, 0) == "peer 1 absent; peer 2 absent"
     other._progress, other._state = (40, {"0": 20}), "training"
-    other._give_sign()
+    other._send_heartbeat()
     assert told(caplog, one, 10) == "peer 1 training, update 40; peer 2 absent"
     other._progress = (60, {"0": 40})
-    other._give_sign()
-    assert "peer 1 training, update 60, " in told(caplog, one, 20) and "sign of life 0 s ago; peer 2" in caplog.text
-    one._observer.monotonic = lambda clock=one._observer.monotonic: clock() + 31
-    assert "peer 1 silent, update 60, sign of life 31 s ago" in told(caplog, one, 30)
+    other._send_heartbeat()
+    assert "peer 1 training, update 60, " in told(caplog, one, 20) and "heartbeat 0 s ago; peer 2" in caplog.text
+    one._status.monotonic = lambda clock=one._status.monotonic: clock() + 31
+    assert "peer 1 silent, update 60, heartbeat 31 s ago" in told(caplog, one, 30)
     other.stop("ended")
     assert told(caplog, one, 40) == "peer 1 ended, update 60; peer 2 absent"
 
 
 def test_a_store_that_hangs_keeps_no_second_teller_waiting():
     gate = Gate()
-    one = courier(gate, 0, [1])
+    one = background(gate, 0, [1])
     one.exchange.join(Run(2, None, 8))
     gate.reading = "alive"
     one.at(0, {})
     assert gate.reached.wait(SECONDS)
-    first = one._telling
+    first = one._logging
     one.at(10, {})
-    assert one._telling is first
+    assert one._logging is first
     gate.open.set()
     first.result(SECONDS)

@@ -273,10 +273,10 @@ def test_a_run_that_differs_is_status_1(totals, good, tmp_path, capsys):
 
 
 def test_publications_of_a_life_that_began_and_ended_between_exchanges():
-    life = run_log.Life({"codistill_interval": "50"}, first=120, totals={"updates": 100, "skipped": 0, "failed": 0})
-    assert communication_run.publications(life) == 2, "150 and 200; it was stopped at 220"
-    life.completed = True
-    assert communication_run.publications(life) == 3
+    attempt = run_log.Attempt({"codistill_interval": "50"}, first=120, totals={"updates": 100, "skipped": 0, "failed": 0})
+    assert communication_run.publications(attempt) == 2, "150 and 200; it was stopped at 220"
+    attempt.completed = True
+    assert communication_run.publications(attempt) == 3
 
 
 def test_a_run_without_totals_is_refused_in_one_sentence(tmp_path, capsys):

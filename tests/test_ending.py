@@ -101,7 +101,7 @@ def test_the_last_weights_and_ended_are_published(ways, way):
     for peer in (0, 1) if way == "launcher-and-hydra" else (0,):
         exchange = Exchange(store, 5)
         newest = exchange.newest(peer)
-        assert (newest.update, newest.done) == (6, True) and exchange.presence(peer).state == "ended", log[-3000:]
+        assert (newest.update, newest.done) == (6, True) and exchange.heartbeat(peer).state == "ended", log[-3000:]
         assert exchange.fetch(peer, newest, newest.fingerprint, _any_of(store, peer, newest))
 
 
@@ -110,7 +110,7 @@ def test_a_training_whose_checkpoint_cannot_be_saved_is_not_completed(ways, way)
     status, log, store = ways[way]
     assert status == 1 and "done training" not in log, log[-3000:]
     exchange = Exchange(store, 5)
-    assert not exchange.newest(0).done and exchange.presence(0).state == "stopped"
+    assert not exchange.newest(0).done and exchange.heartbeat(0).state == "stopped"
     Exchange(store, 0).begin(0, exchange.newest(0).fingerprint)  # and may be started again from scratch
 
 

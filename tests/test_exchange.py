@@ -242,8 +242,8 @@ def test_two_live_peers_with_one_index_in_two_processes(tmp_path):
     holder = _python(
         tmp_path,
         """
-        from fairseq_codistill.exchange import Exchange, Run
-        from fairseq_codistill.stores import open_store
+        from fairseq_codistill.exchange.exchange import Exchange, Run
+        from fairseq_codistill.exchange.stores import open_store
         exchange = Exchange(open_store("x"), 0)
         exchange.join(Run(2, None, None))
         print("joined", flush=True)

@@ -38,7 +38,7 @@ def tensors(seed, dtype=torch.float64, bias=True):
 
 
 def teachers(count, dtype=torch.float64):
-    """Peers of other widths than mine, and their logits."""
+    """Peers of other widths than the model's, and their logits."""
     peers, logits = [], []
     for seed in range(1, count + 1):
         draw = torch.Generator().manual_seed(100 + seed)

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fairseq_codistill.exchange import snapshot
-from fairseq_codistill.exchange.manifest import BadSnapshot, Manifest, Presence, file_name
+from fairseq_codistill.exchange.manifest import BadSnapshot, Heartbeat, Manifest, file_name
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import fuzz_damage  # noqa: E402
@@ -29,8 +29,8 @@ MANIFEST = Manifest(
     update=100, epoch=2, file=file_name(100), bytes=10, checksum="sha256:" + "ab" * 32, dtype="float32", fingerprint="cd" * 8,
     model={"class": "Model"}, time=1.7e9, valid_loss=4.25,
 )  # fmt: skip
-PRESENCE = Presence("one", 7, "training", "node17", 4711, 1.7e9, 103, 300, 4.5, {"0": 50})
-RECORDS = pytest.mark.parametrize("record", [MANIFEST, PRESENCE], ids=["manifest", "sign of life"])
+HEARTBEAT = Heartbeat("one", 7, "training", "node17", 4711, 1.7e9, 103, 300, 4.5, {"0": 50})
+RECORDS = pytest.mark.parametrize("record", [MANIFEST, HEARTBEAT], ids=["manifest", "heartbeat"])
 
 numbers = st.integers() | st.floats() | st.sampled_from([10**30, 10**4000, 2**62, -1, 1e308])
 values = st.recursive(
@@ -51,9 +51,10 @@ def test_damaged_and_forged_files_in_a_process_whose_memory_is_bounded():
         row = re.search(rf"^{re.escape(kind)} +(\d+)", done.stdout, re.MULTILINE)
         assert row and int(row[1]) >= EXAMPLES // len(fuzz_snapshots.KINDS), kind
     for reason in (
-        "it is not a safetensors file", "its tensors are not my model's", "its checksum is not the one", "has more than",
-        "but its manifest promises", "values that are not finite", "has shape", "but my model's is",
-        "digest is not that of its fields", "the manifest's file must", "the manifest is not JSON", "the sign of life's",
+        "it is not a safetensors file", "its tensors are not those of this peer's model", "its checksum is not the one",
+        "has more than",
+        "but its manifest promises", "values that are not finite", "has shape", "but in this peer's model it is",
+        "digest is not that of its fields", "the manifest's file must", "the manifest is not JSON", "the heartbeat's",
     ):  # fmt: skip
         assert EXAMPLES < 300 or reason in done.stdout, f"no mutation was refused because {reason!r}"
 
@@ -81,7 +82,7 @@ def test_a_check_that_is_missing_is_found(monkeypatch, blind, kind):
 
 
 def test_the_benchmarks_digest_is_the_formats():
-    for record in (MANIFEST, PRESENCE):
+    for record in (MANIFEST, HEARTBEAT):
         fields = json.loads(record.to_json())
         assert json.loads(fuzz_damage.sealed(fields)) == fields and "digest" in fields
         assert type(record).from_json(fuzz_damage.sealed(fields)) == record

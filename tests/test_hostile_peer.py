@@ -76,7 +76,7 @@ def test_of_a_peer_alone_nothing_is_left(distance, aggregate):
 @pytest.mark.parametrize("distance", [name for name in DISTANCES if DISTANCES[name].bounded])
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_a_peer_that_is_surer_than_any_trained_model_is_not_followed(distance, aggregate, temperature):
-    """Wherever its weights, which have exploded, name another class than mine; an honest one loses nothing."""
+    """Wherever its weights, which have exploded, name another class than the model's; an honest one loses nothing."""
     honest = [x.float() for x in teachers(1)[1]]
     wild = garbage(honest[0], 1e6)
     own = torch.nn.functional.linear(*(x.float() for x in tensors(0)[:3]))

@@ -182,7 +182,7 @@ def test_the_distance_from_the_start_is_logged(digits, pair):
 
 
 def test_batchnorm_statistics_travel_and_the_peer_runs_in_eval_mode(digits):
-    """A real pair: what teaches me is to the bit what the peer says of my batch in evaluation, and I do not change it."""
+    """A real pair: the teacher predicts to the bit what that peer does for this batch in evaluation, and stays unchanged."""
     cfg, task = setup(digits)
     task.load_dataset("train")
     dataset = task.dataset("train")
@@ -213,7 +213,7 @@ def test_batchnorm_statistics_travel_and_the_peer_runs_in_eval_mode(digits):
     criterion = CodistillCriterion(task, config(loss="mse"))
     _, _, log = criterion(mine.train(), {**sample, TEACHING: teaching})
     own, said = mine.eval(), theirs.eval()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(held).items()), "my batch leaves no trace in it"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(held).items()), "no trace of the batch"
     ((_, output),) = teaching.outputs(sample["net_input"])
     with torch.no_grad():
         assert torch.equal(output, said(**sample["net_input"]))

@@ -573,8 +573,8 @@ def test_what_the_exchange_has_cost(tmp_path, capsys, no_figure):
     }
     for peer, found in lives.items():
         with open(tmp_path / "two" / peer / "train.log", "a") as log:
-            for life in found:
-                log.write(f"x | INFO | x | codistillation: exchange totals {json.dumps(life)}\n")
+            for attempt in found:
+                log.write(f"x | INFO | x | codistillation: exchange totals {json.dumps(attempt)}\n")
             log.write('codistillation: exchange totals {"updates": 4\n')  # torn by a kill
     assert run_main(capsys, tmp_path)[0] == 0
     notes = (tmp_path / "report/table.md").read_text()

@@ -158,8 +158,8 @@ def test_exchanging_beside_the_training(data, tmp_path):
         assert 0 <= seen["visible_s"] and 0 < seen["copy_s"] and 0 < seen["hidden_s"]
         assert 1 <= seen["read"] <= other["published"] and seen["read_bytes"] == seen["read"] * newest["bytes"]
         assert len(taught(log)) > 10 and log.count("learning from peer") >= 1
-        life = json.loads((tmp_path / f"exchange/peer{peer}/alive.json").read_text())
-        assert life["state"] == "ended" and life["updates"] == 400
+        heartbeat = json.loads((tmp_path / f"exchange/peer{peer}/alive.json").read_text())
+        assert heartbeat["state"] == "ended" and heartbeat["updates"] == 400
 
 
 def test_peers_come_late_die_come_back_and_finish_early(data, tmp_path):

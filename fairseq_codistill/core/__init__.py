@@ -4,6 +4,6 @@
     guard                            teachers' predictions that would do harm
     output_layer, fused              distances without whole matrices of logits
     replica, int8                    frozen copies of peers' models
-    group, meeting                   the ranks of one peer decide together; peers wait for each other
+    group, barrier                   the ranks of one peer decide together; peers wait for each other
     codistiller                      the peers that are held, exchanged and asked
 """

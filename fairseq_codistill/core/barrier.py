@@ -7,31 +7,32 @@ import logging
 import time
 from typing import Any, Callable, Dict, List, Optional, Set
 
-from ..exchange.courier import Courier
+from ..exchange.background import BackgroundExchange
 from ..exchange.exchange import Exchange
 from ..exchange.manifest import BadSnapshot, Manifest
 from . import group
 
 logger = logging.getLogger(__name__)
 
-_LOOK_AGAIN = 0.05  # seconds between looks at the exchange while waiting; other machines cannot wake us
+_LOOK_AGAIN = 0.05  # seconds between looks at the exchange while waiting; other machines cannot wake this one
 _SLICE = 30.0  # seconds after which waiting ranks hear from rank 0, far below what a process group takes for a hang
 
 
-class Meeting:
-    """`courier`: rank 0's, None on the others. `sleep`: takes seconds."""
+class Barrier:
+    """`background`: the exchange of rank 0, None on other ranks. `sleep`: takes seconds."""
 
     def __init__(
-        self, exchange: Exchange, courier: Optional[Courier], teachers: List[int], sleep: Callable[[float], None] = time.sleep
-    ) -> None:
-        self._exchange, self._courier, self._teachers, self._sleep = exchange, courier, teachers, sleep
-        self._missed: Dict[int, Any] = {}  # teachers that missed a meeting, and their last sign of life then
+        self, exchange: Exchange, background: Optional[BackgroundExchange], teachers: List[int],
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:  # fmt: skip
+        self._exchange, self._background, self._teachers, self._sleep = exchange, background, teachers, sleep
+        self._missed: Dict[int, Any] = {}  # teachers whose update did not come in time, and what showed them alive then
         self._slow: Set[int] = set()  # teachers whose last read did not end in time
 
     def await_first_snapshots(self, seconds: float) -> None:
         """Until each teacher has published something."""
-        everybody = lambda: all(self._look(teacher, None) for teacher in self._teachers)  # noqa: E731
-        if self._await(everybody, seconds) or self._courier is None:
+        all_ready = lambda: all(self._look(teacher, None) for teacher in self._teachers)  # noqa: E731
+        if self._await(all_ready, seconds) or self._background is None:
             return
         for teacher in self._teachers:
             if self._look(teacher, None) is None:
@@ -40,66 +41,67 @@ class Meeting:
                     "(--codistill-wait); training starts without it"
                 )
 
-    def meet(self, update: int, seconds: float) -> None:
-        """Lockstep: until each teacher has published `update`, or has ended before it. One that missed a meeting is not
-        waited for again before it has shown that it lives."""
-        everybody = lambda: all([self._need_not_wait(teacher, update) for teacher in self._teachers])  # noqa: E731
-        if self._await(everybody, seconds) or self._courier is None:
+    def await_update(self, update: int, seconds: float) -> None:
+        """Lockstep: until each teacher has published `update`, or has ended before it. One that was late once is
+        not waited for again before its heartbeat or its snapshot has changed."""
+        all_ready = lambda: all([self._need_not_wait(teacher, update) for teacher in self._teachers])  # noqa: E731
+        if self._await(all_ready, seconds) or self._background is None:
             return
         for teacher in self._teachers:
             if teacher not in self._missed and self._look(teacher, update) is None:
-                self._missed[teacher] = self._life_of(teacher)
-                self._courier.warn(
+                self._missed[teacher] = self._liveness_of(teacher)
+                self._background.warn(
                     teacher,
                     f"lockstep is broken: no snapshot of update {update} has come in time; it is not waited for again before "
-                    "it shows that it lives.",
+                    "it shows a new heartbeat.",
                 )
 
     def read(self, teachers: List[int], update: Optional[int], seconds: float) -> None:
-        """Until what is new of the teachers has been read and verified; `update`: see `Courier.look`. A moment is enough for
-        those that missed the meeting, or whose storage hung before."""
-        if self._courier is None:
+        """Until what is new of the teachers has been read and verified; `update`: see `BackgroundExchange.look`.
+
+        Those that were late, or whose storage hung before, are given a moment only."""
+        if self._background is None:
             self._await(bool, seconds, asked_for=False)
             return
-        remaining, impatient = self._courier.look_now(teachers, update), self._slow.union(self._missed)
+        remaining, impatient = self._background.look_now(teachers, update), self._slow.union(self._missed)
         self._await(lambda: impatient.issuperset(remaining()), seconds, asked_for=False)
         self._slow = self._slow.difference(teachers).union(remaining())
 
     def _need_not_wait(self, teacher: int, update: int) -> bool:
-        """The teacher's snapshot is there; or it missed a meeting, and has shown no life since; or its storage still hangs."""
+        """The teacher's snapshot is there; or it was late, and no heartbeat has come since; or its storage still hangs."""
         if self._look(teacher, update) is not None:
             self._missed.pop(teacher, None)
             return True
-        if teacher in self._slow and self._courier.is_reading(teacher):
+        if teacher in self._slow and self._background.is_reading(teacher):
             return True
         if teacher not in self._missed:
             return False
-        life = self._life_of(teacher)
-        if life is None or life == self._missed[teacher]:
+        alive = self._liveness_of(teacher)
+        if alive is None or alive == self._missed[teacher]:
             return True
         del self._missed[teacher]
         return False
 
-    def _life_of(self, teacher: int) -> Any:
-        """What changes while the teacher lives; None where that cannot be seen."""
+    def _liveness_of(self, teacher: int) -> Any:
+        """What changes while the teacher is alive; None where that cannot be seen."""
         with contextlib.suppress(OSError):
-            return self._courier.ask(teacher, self._signs, teacher)
+            return self._background.ask(teacher, self._liveness, teacher)
         return None
 
-    def _signs(self, teacher: int) -> List[Any]:
-        signs: List[Any] = [None, None]
+    def _liveness(self, teacher: int) -> List[Any]:
+        seen: List[Any] = [None, None]
         with contextlib.suppress(BadSnapshot):
-            presence = self._exchange.presence(teacher)
-            signs[0] = presence and (presence.life, presence.beat)
+            heartbeat = self._exchange.heartbeat(teacher)
+            seen[0] = heartbeat and (heartbeat.start_id, heartbeat.beat)
         with contextlib.suppress(BadSnapshot):
             newest = self._exchange.newest(teacher)
-            signs[1] = newest and (newest.update, newest.checksum)
-        return signs
+            seen[1] = newest and (newest.update, newest.checksum)
+        return seen
 
     def _look(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:
         """The teacher's snapshot of `update`, or its last if it will make no more; with None, its newest."""
         with contextlib.suppress(BadSnapshot, OSError):
-            return self._courier.ask(teacher, self._snapshot, teacher, update)
+            return self._background.ask(teacher, self._snapshot, teacher, update)
         return None
 
     def _snapshot(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:
@@ -117,7 +119,7 @@ class Meeting:
         answer = None
         while answer is None:
             slice_end = time.monotonic() + _SLICE
-            while self._courier is not None and answer is None and time.monotonic() < slice_end:
+            while self._background is not None and answer is None and time.monotonic() < slice_end:
                 if ready():
                     answer = True
                 elif time.monotonic() >= deadline:
@@ -125,6 +127,6 @@ class Meeting:
                 else:
                     self._sleep(_LOOK_AGAIN)
             answer = group.share(answer)
-        if self._courier is not None and asked_for:
-            self._courier.totals.waited_s += time.monotonic() - start
+        if self._background is not None and asked_for:
+            self._background.totals.waited_s += time.monotonic() - start
         return answer

@@ -1,7 +1,7 @@
 """Output layer, cross entropy and distance in one pass over chunks of positions: no [positions × V] tensor ever exists.
 
 Value and gradient are computed together, forwards, so that a chunk's logits can be dropped before the next chunk's are
-made: mine, each peer's, then ∂loss/∂logits, which goes straight into ∂loss/∂features and ∂loss/∂weight. Peers take turns
+made: own, each peer's, then ∂loss/∂logits, which goes straight into ∂loss/∂features and ∂loss/∂weight. Peers take turns
 inside a chunk: memory does not grow with their number. `losses` says slowly what this computes, and is what it is tested
 against.
 
@@ -54,7 +54,7 @@ class Sums(NamedTuple):
     loss: Tensor
     nll: Tensor
     distance: Tensor
-    agreement: Tensor  # positions at which a peer's top class is mine, mean over the peers
+    agreement: Tensor  # positions at which a peer's top class is the model's, mean over the peers
     dropped: Tensor  # of each peer, the positions at which it may not teach (see `guard`)
 
 
@@ -71,7 +71,7 @@ def fused(
 
 
 def agrees(peer_NV: Tensor, own_top_N: Tensor) -> Tensor:
-    """Whether no class has a higher score with the peer than my top class: booleans [N]."""
+    """Whether no class has a higher score with the peer than the model's top class: booleans [N]."""
     return peer_NV.gather(-1, own_top_N.unsqueeze(-1)).squeeze(-1) >= peer_NV.amax(-1)
 
 
@@ -119,7 +119,7 @@ class _Run:
         self.to_bias_V = torch.zeros_like(bias_V, dtype=self.wide) if needed[2] else None
 
     def chunk(self, features_nC: Tensor, target_n: Tensor, peers) -> None:
-        own = _Own(F.linear(features_nC, self.weight_VC, self.bias_V).to(self.wide))
+        own = _OwnLogits(F.linear(features_nC, self.weight_VC, self.bias_V).to(self.wide))
         agreement: List[Tensor] = []
         dropped: List[Tensor] = []
         behind: List[Tensor] = []
@@ -167,8 +167,8 @@ class _Run:
         return (loss, self.nll, self.distance, self.agreement, self.dropped), gradients
 
 
-class _Own:
-    """My logits of a chunk, with what several parts need of them."""
+class _OwnLogits:
+    """The model's own logits of a chunk, with what several parts need of them."""
 
     def __init__(self, logits_nV: Tensor) -> None:
         self.logits_nV = logits_nV
@@ -192,7 +192,7 @@ class _Own:
 
 
 def _distance(
-    objective: Objective, own: _Own, peers, behind: List[Tensor], dropped: List[Tensor]
+    objective: Objective, own: _OwnLogits, peers, behind: List[Tensor], dropped: List[Tensor]
 ) -> Tuple[Tensor, Tensor]:  # fmt: skip
     """D [n] and ∂D/∂logits [n, V], for the logits that `peers` yields one after another, each with its `guard.behind` at the
     end of `behind`. `dropped`: see `losses`."""
@@ -219,7 +219,8 @@ def _plus(total: Optional[Tuple[Tensor, Tensor]], more: Sequence[Tensor]) -> Tup
 
 
 def _usable(
-    name: str, own: _Own, value_n: Tensor, gradient_nV: Tensor, behind_n: Optional[Tensor] = None, temperature: float = 1.0
+    name: str, own: _OwnLogits, value_n: Tensor, gradient_nV: Tensor, behind_n: Optional[Tensor] = None,
+    temperature: float = 1.0,
 ) -> Tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """D and its gradient, 0 in the rows that were dropped; and which these are."""
     if DISTANCES[name].bounded:
@@ -231,7 +232,7 @@ def _usable(
 
 
 def _to_mean(
-    name: str, own: _Own, teachers, temperature: float, factor: float, behind: List[Tensor], dropped: List[Tensor]
+    name: str, own: _OwnLogits, teachers, temperature: float, factor: float, behind: List[Tensor], dropped: List[Tensor]
 ) -> Tuple[Tensor, Tensor]:  # fmt: skip
     """As `_distance`, to the mean of the peers' rows that are usable."""
     mean_nV, usable = None, guard.Usable()
@@ -259,24 +260,24 @@ def _probs(peer_nV: Tensor, temperature: float) -> Tensor:
     return (peer_nV if temperature == 1.0 else peer_nV.div_(temperature)).softmax(-1)
 
 
-def _mse(own: _Own, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+def _mse(own: _OwnLogits, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
     difference_nV = torch.sub(own.logits_nV, peer_nV, out=peer_nV)
     return _dot(difference_nV, difference_nV) / difference_nV.size(-1), difference_nV
 
 
-def _centered_mse(own: _Own, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+def _centered_mse(own: _OwnLogits, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
     difference_nV = torch.sub(own.logits_nV, peer_nV, out=peer_nV)
     difference_nV.sub_(difference_nV.mean(-1, keepdim=True))
     return _dot(difference_nV, difference_nV) / difference_nV.size(-1), difference_nV
 
 
-def _ce(own: _Own, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+def _ce(own: _OwnLogits, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
     probs_nV, log_total_n = own.at(temperature)
     value_n = log_total_n - _dot(peer_nV, own.logits_nV) / temperature
     return value_n * temperature**2, torch.sub(probs_nV, peer_nV, out=peer_nV)
 
 
-def _kl(own: _Own, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+def _kl(own: _OwnLogits, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
     entropy_n = torch.special.entr(peer_nV).sum(-1)
     value_n, gradient_nV = _ce(own, peer_nV, temperature)
     return value_n - entropy_n * temperature**2, gradient_nV

@@ -39,9 +39,9 @@ def quantise(model: nn.Module) -> nn.Module:
     done: Dict[int, parametrize.ParametrizationList] = {}
     for module, name, weight in found:
         parametrize.register_parametrization(module, name, RowsIn8Bits(), unsafe=True)
-        mine = module.parametrizations[name]
-        first = done.setdefault(id(weight), mine)
-        mine.original0, mine.original1 = first.original0, first.original1
+        own = module.parametrizations[name]
+        first = done.setdefault(id(weight), own)
+        own.original0, own.original1 = first.original0, first.original1
     return model
 
 

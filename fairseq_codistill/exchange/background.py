@@ -22,9 +22,9 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 import torch
 
 from .exchange import BEAT, Exchange, IndexTaken, host_name
-from .manifest import BadSnapshot, Manifest, Presence, plain
-from .observer import Observer, in_words
+from .manifest import BadSnapshot, Heartbeat, Manifest, plain
 from .snapshot import Buffer, Weights
+from .status import StatusReader, in_words
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 _TRIES = 3  # how often one snapshot is read before it is given up: a disk or a server may have had a bad moment
 _FIRST_PERIOD, _SHORTEST_PERIOD, _LONGEST_PERIOD = 0.5, 0.1, 10.0  # seconds between two looks at a teacher
 _LOOKS = 50  # looks at each teacher between two exchanges
-_COURSE = 13  # signs of life, so a minute, over which the speed is a mean
+_SPEED_BEATS = 13  # heartbeats, so a minute, over which the speed is a mean
 _MOMENT = 1.0  # seconds to wait for an answer of the storage before looking whether the wait is over
 # What the storage may take for one snapshot, at its start or at the end of training: so many seconds, and one for each MB.
 _SHORTEST_LIMIT, _LONGEST_LIMIT, _BYTES_PER_SECOND = 30.0, 300.0, 1e6
-_GOODBYE = 10.0  # seconds for the last heartbeat and for the threads to end; one that hangs in a dead storage is left behind
+_STOP_SECONDS = 10.0  # for the last heartbeat and for the threads to end; one that hangs in a dead storage is left behind
 
 
 @dataclass
@@ -61,9 +61,9 @@ class Totals:
         return json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()})
 
 
-class Courier:
-    """`expected`: my model's tensors, for names and shapes; `wire`: what floats travel as, None for what they are;
-    `updates`: where training ends, to tell the others. Without `in_background` everything happens at once, when asked."""
+class BackgroundExchange:
+    """`expected`: tensors of this peer's model, for names and shapes; `wire`: what floats travel as, None for what they are;
+    `updates`: where training ends, for the heartbeat. Without `in_background` everything happens at once, when asked."""
 
     def __init__(
         self, exchange: Exchange, teachers: List[int], fingerprint: str, expected: Weights,
@@ -77,18 +77,18 @@ class Courier:
         self._period: Optional[float] = _FIRST_PERIOD
         self._ready: Dict[int, Tuple[Manifest, Weights]] = {}
         self._seen: Dict[int, Tuple[Manifest, int]] = {}  # of each teacher what was read last, and how often in vain
-        self._silent: Set[int] = set()
+        self._missing: Set[int] = set()
         self._warned: Set[Tuple[object, str]] = set()
         self._counting = threading.Lock()
-        self._lost = False  # my index, to another process
-        self._life, self._updates, self._beat, self._state = secrets.token_hex(8), updates, 0, "waiting"
+        self._lost = False  # this peer's index, to another process
+        self._start_id, self._updates, self._beat, self._state = secrets.token_hex(8), updates, 0, "waiting"
         self._progress: Tuple[int, Dict[str, int]] = (0, {})  # update, and the update held of each teacher
-        self._course: Deque[Tuple[float, int]] = collections.deque(maxlen=_COURSE)
-        self._observer: Optional[Observer] = None
-        self._telling: Optional[Future] = None
+        self._speed_points: Deque[Tuple[float, int]] = collections.deque(maxlen=_SPEED_BEATS)
+        self._status: Optional[StatusReader] = None
+        self._logging: Optional[Future] = None
         self._watching, self._began = False, time.monotonic()
-        self._publisher, self._teller = publisher or Worker(), Worker()
-        self._heart = Worker(self._give_sign, lambda: BEAT)
+        self._publisher, self._log_worker = publisher or Worker(), Worker()
+        self._heartbeat_worker = Worker(self._send_heartbeat, lambda: BEAT)
         self._readers = {teacher: self._reader(teacher) for teacher in teachers}
 
     def _reader(self, teacher: int) -> Worker:
@@ -96,9 +96,9 @@ class Courier:
 
     @property
     def _workers(self) -> List[Worker]:
-        return [self._publisher, self._heart, self._teller, *self._readers.values()]
+        return [self._publisher, self._heartbeat_worker, self._log_worker, *self._readers.values()]
 
-    # Life.
+    # Start and end.
 
     def start(self) -> None:
         """Start the threads, and the heartbeat."""
@@ -107,7 +107,7 @@ class Courier:
                 "codistillation: not all threads of the exchange could be started (a limit of processes?); training goes on, "
                 "and each exchange tries again"
             )
-        self._heart.do(self._give_sign)
+        self._heartbeat_worker.do(self._send_heartbeat)
 
     def watch(self) -> None:
         """Begin to watch the teachers, each in a thread of its own: one whose storage hangs must not hold up the others."""
@@ -116,19 +116,19 @@ class Courier:
             reader.do(lambda: None)
 
     def at(self, update: int, held: Dict[int, int], seconds: Optional[float] = None) -> None:
-        """For the heartbeat: where training is, and the update held of each teacher. Logs who else is present.
+        """For the heartbeat: where training is, and the update held of each teacher. Logs the other peers' states.
 
         `seconds`: how long the last interval between two exchanges took; the teachers are looked at accordingly.
         """
         self._progress, self._state = (update, {str(peer): of for peer, of in held.items()}), "training"
         if seconds is not None:
             self._period = min(max(seconds / _LOOKS, _SHORTEST_PERIOD), _LONGEST_PERIOD)
-        if not self._teller.is_busy:
-            self._telling = self._teller.do(self._tell_of_company, update)
+        if not self._log_worker.is_busy:
+            self._logging = self._log_worker.do(self._log_peers, update)
 
     @property
     def limit(self) -> float:
-        """Seconds that the storage may take for a snapshot of mine."""
+        """Seconds that the storage may take for a snapshot of this peer."""
         return min(_SHORTEST_LIMIT + len(self._buffer.data) / _BYTES_PER_SECOND, _LONGEST_LIMIT)
 
     def drain(self, seconds: Optional[float] = None) -> bool:
@@ -139,17 +139,17 @@ class Courier:
         """Drain, publish what is last, and stop, as `state`: all before one deadline, whatever the storage does."""
         now = time.monotonic()
         # What hangs for longer than it may will hardly come now.
-        deadline = max(now + _GOODBYE, self._began + self.limit) if self._publisher.is_busy else now + self.limit
+        deadline = max(now + _STOP_SECONDS, self._began + self.limit) if self._publisher.is_busy else now + self.limit
         if self.drain(deadline - now):
             publish_last()
         self.drain(deadline - time.monotonic())
         self.stop(state)
 
     def stop(self, state: str) -> None:
-        """Say goodbye as `state`, leave the exchange, end the threads, and log what all of it cost."""
-        self._watching, self._state, deadline = False, state, time.monotonic() + _GOODBYE
-        self._heart.do(self._give_sign)
-        self._heart.do(self.exchange.leave)
+        """Send a last heartbeat with `state`, leave the exchange, end the threads, and log what all of it cost."""
+        self._watching, self._state, deadline = False, state, time.monotonic() + _STOP_SECONDS
+        self._heartbeat_worker.do(self._send_heartbeat)
+        self._heartbeat_worker.do(self.exchange.leave)
         for worker in self._workers:
             worker.stop()
         # Not `all(…)` of a generator: each is given what is left of the time.
@@ -157,7 +157,7 @@ class Courier:
             logger.warning(f"codistillation: {self.exchange.store} does not answer; training ends without waiting for it")
         logger.info(f"codistillation: exchange totals {self.totals.to_json()}")
 
-    # Mine, outwards.
+    # Publish.
 
     def publish(
         self, weights: Weights, update: int, needed_from: Optional[Callable[[], Optional[int]]] = None, **facts: Any
@@ -216,7 +216,7 @@ class Courier:
         logger.log(logging.WARNING if is_new else logging.INFO, text)
         self._count(failed=1)
 
-    # The teachers', inwards.
+    # Read the teachers.
 
     def take(self, teacher: int) -> Optional[Tuple[Manifest, Weights]]:
         """The newest verified snapshot of the teacher that was found, if it was not taken before."""
@@ -257,8 +257,8 @@ class Courier:
         try:
             manifest = self.exchange.at(teacher, update) if update is not None else None
             manifest = manifest or self.exchange.newest(teacher)
-            (self._silent.add if manifest is None else self._silent.discard)(teacher)
-            # A snapshot of update 0 only says "I am here": it has learnt nothing.
+            (self._missing.add if manifest is None else self._missing.discard)(teacher)
+            # A snapshot of update 0 only shows that the peer exists: it has learnt nothing.
             if manifest is None or manifest.update == 0 or not self._is_new(teacher, manifest):
                 return
             self._read(teacher, manifest)
@@ -284,9 +284,9 @@ class Courier:
         self._warned = {(peer, what) for peer, what in self._warned if peer != teacher}
         self._count(read=1, read_bytes=manifest.bytes, hidden_s=time.perf_counter() - start)
 
-    def warn_of_silent(self, teachers: List[int], update: int) -> None:
-        """Those of whom nothing at all is to be seen, though training has come to `update`."""
-        for teacher in sorted(self._silent.intersection(teachers)) if update else []:
+    def warn_missing(self, teachers: List[int], update: int) -> None:
+        """Warn about teachers without a snapshot yet, once training has come to `update`."""
+        for teacher in sorted(self._missing.intersection(teachers)) if update else []:
             where = self.exchange.store
             self.warn(teacher, f"it has published nothing in {where} yet; does it run, and see this directory?")
 
@@ -298,27 +298,28 @@ class Courier:
 
     # The threads.
 
-    def _give_sign(self) -> None:
+    def _send_heartbeat(self) -> None:
         (update, held), now = self._progress, time.monotonic()
         self._beat += 1
-        # An update is told at each exchange only. Speed is a mean over the last exchanges, from the first of this life on,
+        # An update is told at each exchange only. Speed is a mean over the last exchanges, from the first since this start,
         # which may not be at update 0; it falls when nothing new comes for longer than they took.
-        if self._state == "training" and update != next((of for _, of in reversed(self._course)), None):
-            self._course.append((now, update))
-        (began, first), (ended, last) = (self._course[0], self._course[-1]) if self._course else ((now, 0), (now, 0))
+        if self._state == "training" and update != next((of for _, of in reversed(self._speed_points)), None):
+            self._speed_points.append((now, update))
+        points = self._speed_points or [(now, 0)]
+        (began, first), (ended, last) = points[0], points[-1]
         speed = (last - first) / max(ended - began, now - ended) if last > first else None
-        presence = Presence(
-            self._life, self._beat, self._state, host_name(), os.getpid(), self.clock(), update, self._updates, speed, held
+        heartbeat = Heartbeat(
+            self._start_id, self._beat, self._state, host_name(), os.getpid(), self.clock(), update, self._updates, speed, held
         )
         try:
-            self.exchange.beat(presence)
+            self.exchange.beat(heartbeat)
         except IndexTaken as error:
             self._warn_of_loss(error)
         except Exception as error:  # whatever it is, training must go on
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            if ("sign", str(reason)) not in self._warned:
-                self._warned.add(("sign", str(reason)))
-                logger.warning(f"codistillation: no sign of life could be given: {reason}; training goes on")
+            if ("heartbeat", str(reason)) not in self._warned:
+                self._warned.add(("heartbeat", str(reason)))
+                logger.warning(f"codistillation: the heartbeat was not written: {reason}; training goes on")
 
     def _warn_of_loss(self, error: IndexTaken) -> None:
         with self._counting:
@@ -326,14 +327,14 @@ class Courier:
         if is_new:
             logger.warning(f"codistillation: {error}; training goes on")
 
-    def _tell_of_company(self, update: int) -> None:
+    def _log_peers(self, update: int) -> None:
         try:
-            self._observer = self._observer or Observer(self.exchange.store, self.clock)
-            others = [peer for peer in range(self._observer.run["peers"]) if peer != self.exchange.peer]
-            present = "; ".join(in_words(self._observer.row(peer)) for peer in others)
-            logger.info(f"codistillation: at update {update}: {present}")
+            self._status = self._status or StatusReader(self.exchange.store, self.clock)
+            others = [peer for peer in range(self._status.run["peers"]) if peer != self.exchange.peer]
+            states = "; ".join(in_words(self._status.row(peer)) for peer in others)
+            logger.info(f"codistillation: at update {update}: {states}")
         except Exception as error:  # whatever it is, training must go on
-            logger.info(f"codistillation: at update {update}: who is present cannot be seen: {error}")
+            logger.info(f"codistillation: at update {update}: the other peers' heartbeats cannot be read: {error}")
 
     def holds(self, held: Dict[int, int]) -> None:
         """For the heartbeat: the update that is now held of each teacher, since the exchange that `at` told of."""

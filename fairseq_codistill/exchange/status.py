@@ -1,4 +1,4 @@
-"""What an exchange tells of a run's peers: who is there, how far, how old, and who has fallen silent. Only reads.
+"""What an exchange tells of a run's peers: their states, progress and ages, and which have fallen silent. Only reads.
 
 Whatever is read was written by others: sizes are bounded, and only the folders of peers 0 … n−1 are opened.
 """
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from .manifest import FORMAT, MANIFEST_LIMIT, BadSnapshot, Manifest, Presence, plain
+from .manifest import FORMAT, MANIFEST_LIMIT, BadSnapshot, Heartbeat, Manifest, plain
 from .run import PEERS_LIMIT
 from .stores import open_store
 
@@ -21,20 +21,21 @@ from .stores import open_store
 # a beat later than that makes a peer silent for a while, and nothing else.
 SILENT_SECONDS = 30.0
 LIVE_STATES = ("training", "waiting")
-_SAME_CLOCK = 2.0  # seconds; a peer's clock that is ahead by less is as good as ours
+_SAME_CLOCK = 2.0  # seconds; a peer's clock that is ahead by less is as good as the local one
 _ABSURD = 10 * 365 * 86400.0  # seconds; a clock that is off by more was never set
 _READERS = 16  # reads at once, for an object store's sake
 
 
 @dataclass(frozen=True)
 class Age:
-    """How long ago something was written: `seconds` by our clock when `ours`, since we saw it come, else by the writer's.
+    """How long ago something was written: `seconds` by the local clock, since it was seen to come, when `local`, else by the
+    writer's.
 
-    `seconds` is None where nothing was written, or where the writer's clock cannot be right: it is `ahead` of ours by at
-    least as many seconds (if negative, behind)."""
+    `seconds` is None where nothing was written, or where the writer's clock cannot be right: it is `ahead` of the local one
+    by at least as many seconds (if negative, behind)."""
 
     seconds: Optional[float] = None
-    ours: bool = False
+    local: bool = False
     ahead: Optional[float] = None
 
     @property
@@ -56,53 +57,53 @@ class Row:
     """What is known of one peer. `silent`: None while nobody can tell. `problems`: what of it was refused, and why."""
 
     peer: int
-    presence: Optional[Presence] = None
+    heartbeat: Optional[Heartbeat] = None
     newest: Optional[Manifest] = None
     problems: dict[str, str] = field(default_factory=dict)  # by file
-    sign_age: Age = Age()
+    heartbeat_age: Age = Age()
     snapshot_age: Age = Age()
     silent: Optional[bool] = None
 
     @property
     def state(self) -> str:
-        """training, waiting, ended, stopped as it says; silent and absent as we see it; unknown if it does not say."""
-        if self.presence is not None:
-            return "silent" if self.silent else self.presence.state
+        """training, waiting, ended, stopped as it says; silent and absent as seen from here; unknown if it does not say."""
+        if self.heartbeat is not None:
+            return "silent" if self.silent else self.heartbeat.state
         if self.newest is not None and self.newest.done:
             return "ended"
         return "unknown" if self.newest is not None or self.problems else "absent"
 
     @property
     def update(self) -> Optional[int]:
-        """Updates that it has done; its last sign of life may be older than its last snapshot."""
-        if self.presence is None:
+        """Updates that it has done; its last heartbeat may be older than its last snapshot."""
+        if self.heartbeat is None:
             return None
         done = self.newest.update if self.newest is not None and self.newest.done else 0
-        return max(self.presence.update, done)
+        return max(self.heartbeat.update, done)
 
     @property
     def teachers(self) -> dict[int, int]:
         """The update that it holds of each teacher."""
-        told = self.presence.teachers if self.presence is not None else {}
+        told = self.heartbeat.teachers if self.heartbeat is not None else {}
         # Python takes any script's digits, and any number of them, for a number.
         known = {name: update for name, update in told.items() if len(name) < 5 and name == str(int(name))}
         return {int(name): update for name, update in sorted(known.items(), key=lambda item: int(item[0]))}
 
 
 def in_words(row: Row) -> str:
-    """A row for a log: `peer 1 training, update 104, 2.31 updates/s, sign of life 3 s ago`."""
+    """A row for a log: `peer 1 training, update 104, 2.31 updates/s, heartbeat 3 s ago`."""
     told = [f"peer {row.peer} {row.state}"]
     if row.update is not None:
         told.append(f"update {row.update}")
-    if row.state in LIVE_STATES and row.presence.speed is not None:
-        told.append(f"{row.presence.speed:.3g} updates/s")
-    # By our own clock only: what another machine's says may be a day off.
-    if row.state in (*LIVE_STATES, "silent") and row.sign_age.ours:
-        told.append(f"sign of life {row.sign_age.seconds:.0f} s ago")
+    if row.state in LIVE_STATES and row.heartbeat.speed is not None:
+        told.append(f"{row.heartbeat.speed:.3g} updates/s")
+    # By the local clock only: what another machine's says may be a day off.
+    if row.state in (*LIVE_STATES, "silent") and row.heartbeat_age.local:
+        told.append(f"heartbeat {row.heartbeat_age.seconds:.0f} s ago")
     return ", ".join(told)
 
 
-class Observer:
+class StatusReader:
     """Looks at an exchange, again and again; remembers by its own monotonic clock when each peer's files changed."""
 
     def __init__(
@@ -111,10 +112,10 @@ class Observer:
         self.store, self.clock, self.monotonic = store, clock, monotonic
         self.run = read_run(store) or {}
         self.note = ""
-        self._seen: dict[tuple[int, str], tuple[Any, float, bool]] = {}  # what, since when, have we seen it come
+        self._seen: dict[tuple[int, str], tuple[Any, float, bool]] = {}  # what, since when, whether it was seen to come
 
     def look(self) -> list[Row]:
-        """All peers of the run, also those of whom nothing is there."""
+        """All peers of the run, also those without any file yet."""
         try:
             self.run, self.note = read_run(self.store) or self.run, ""
         except (ValueError, OSError) as error:
@@ -126,17 +127,17 @@ class Observer:
     def row(self, peer: int) -> Row:
         """One peer."""
         problems: dict[str, str] = {}
-        presence = self._read(f"peer{peer}/alive.json", Presence.from_json, problems)
+        heartbeat = self._read(f"peer{peer}/alive.json", Heartbeat.from_json, problems)
         newest = self._read(f"peer{peer}/latest.json", Manifest.from_json, problems)
-        sign_age = snapshot_age = Age()
+        heartbeat_age = snapshot_age = Age()
         silent = None
-        if presence is not None:
-            unchanged, sign_age = self._age(peer, "alive", (presence.life, presence.beat), presence.time)
-            late = presence.state in LIVE_STATES and unchanged >= SILENT_SECONDS
-            silent = late if late or sign_age.ours else None
+        if heartbeat is not None:
+            unchanged, heartbeat_age = self._age(peer, "alive", (heartbeat.start_id, heartbeat.beat), heartbeat.time)
+            late = heartbeat.state in LIVE_STATES and unchanged >= SILENT_SECONDS
+            silent = late if late or heartbeat_age.local else None
         if newest is not None:
             _, snapshot_age = self._age(peer, "snapshot", (newest.update, newest.checksum), newest.time)
-        return Row(peer, presence, newest, problems, sign_age, snapshot_age, silent)
+        return Row(peer, heartbeat, newest, problems, heartbeat_age, snapshot_age, silent)
 
     def _read(self, name: str, parse: Callable[[bytes], Any], problems: dict[str, str]) -> Any:
         try:
@@ -147,19 +148,19 @@ class Observer:
             return None
 
     def _age(self, peer: int, what: str, token: Any, written: float) -> tuple[float, Age]:
-        """For how many seconds we have seen it unchanged, and its age."""
+        """For how many seconds it has been unchanged here, and its age."""
         now = self.monotonic()
         before, since, came = self._seen.get((peer, what), (token, now, False))
         if before != token:
             since, came = now, True
         self._seen[peer, what] = (token, since, came)
-        return now - since, Age(now - since, ours=True) if came else age_by_its_clock(written, self.clock())
+        return now - since, Age(now - since, local=True) if came else age_by_its_clock(written, self.clock())
 
 
 def read_run(store: Any) -> Optional[dict[str, Any]]:
     """run.json's `peers`, `classes` and `dictionary_sha256`; None where there is no such file.
 
-    Raises ValueError, in one sentence, when it is not a run's of our format."""
+    Raises ValueError, in one sentence, when it is not a run's of this format."""
     try:
         data = store.read("run.json", MANIFEST_LIMIT)
     except BadSnapshot as error:

@@ -198,7 +198,7 @@ class UrlStore:
                 return getattr(self._fs, method)(*arguments, **options)
             from fsspec.asyn import sync
 
-            # The libraries' limits are for each silence; a server that sends a byte now and then would hold us for ever.
+            # The libraries' limits are for each silence; a server that sends a byte now and then would hold it for ever.
             limit = self._request_s + moving / _SLOWEST
             return sync(self._fs.loop, getattr(self._fs, f"_{method}"), *arguments, timeout=limit, **options)
         except Exception as error:
@@ -255,7 +255,7 @@ def _as_bytes(data: Union[bytes, memoryview], step: int) -> Union[bytes, bytearr
 
 
 def _plain(error: Exception) -> OSError:
-    """The error as an OSError in words of ours."""
+    """The error as an OSError in the words of this package."""
     names = [kind.__name__ for kind in type(error).__mro__]
     if any("Timeout" in name for name in names):
         return OSError(errno.ETIMEDOUT, "the server did not answer in time")

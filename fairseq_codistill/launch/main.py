@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Our options, and the command after the first `--`. Raises ValueError with one sentence."""
+    """The launcher's own options, and the command after the first `--`. Raises ValueError with one sentence."""
     split = list(argv).index("--") if "--" in argv else len(argv)
     options = _parser().parse_args(list(argv[:split]))
     if options.user_dir:

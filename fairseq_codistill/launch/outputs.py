@@ -79,11 +79,11 @@ def make_own(command: FairseqCommand, index: int) -> None:
             command.drop(option, "null")
             continue
         try:
-            mine = own(value, index)
+            of_peer = own(value, index)
         except ValueError as error:
             raise ValueError(f"{command.spelling(option)} {error}") from error
-        if mine != value:
-            command.put(option, absolute(mine) if command.is_hydra and option in PATHS else mine)
+        if of_peer != value:
+            command.put(option, absolute(of_peer) if command.is_hydra and option in PATHS else of_peer)
 
 
 def _value(command: FairseqCommand, option: str) -> Optional[str]:

@@ -139,7 +139,7 @@ class Peer:
 
     def _group_lives(self) -> bool:
         with contextlib.suppress(ChildProcessError):
-            # As process 1 of a container we inherit orphans; their zombies would count as alive.
+            # As process 1 of a container the launcher inherits orphans; their zombies would count as alive.
             os.waitpid(-self.pid, os.WNOHANG)
         try:
             os.killpg(self.pid, 0)

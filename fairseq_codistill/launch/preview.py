@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Optional
 
-from ..exchange.observer import read_run
+from ..exchange.status import read_run
 from ..exchange.stores import open_store
 from . import cost
 from .plan import FairseqCommand, PeerPlan, Plan

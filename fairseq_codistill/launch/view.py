@@ -43,7 +43,7 @@ def size(count: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 10) -> str:
-    """The course of the last values, one sign each: low ▁ to high █."""
+    """The course of the last values, one character each: low ▁ to high █."""
     shown = [value for value in values[-width:] if value == value and abs(value) != float("inf")]
     low, high = min(shown, default=0.0), max(shown, default=0.0)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low or 1.0))] for value in shown)

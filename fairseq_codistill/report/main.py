@@ -34,7 +34,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_metrics(metrics: Sequence[str], methods: Sequence[Method]) -> None:
     fields = [fields for m in methods for _, peer in m.peers() for _, fields in peer.log.valid_records()]
-    known = sorted({name for one in fields for name in one} - {"ppl"})  # fairseq's ppl may be squared; there is ours
+    known = sorted({name for one in fields for name in one} - {"ppl"})  # fairseq's ppl may be squared; this package computes it
     for name in metrics:
         if name not in known:
             choice = ", ".join(known)

@@ -22,10 +22,11 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 
 from fairseq_codistill import hook
+from fairseq_codistill.build import TORCH_DTYPES
 from fairseq_codistill.config import DTYPES
-from fairseq_codistill.core.codistiller import AlphaSchedule, Codistiller
+from fairseq_codistill.core.codistiller import Codistiller
 from fairseq_codistill.core.replica import freeze, replica
-from fairseq_codistill.criterion import _DTYPES
+from fairseq_codistill.core.schedules import AlphaSchedule
 from fairseq_codistill.exchange.exchange import Run
 
 PARTS = ("peers", "forward", "backward", "rest")
@@ -170,12 +171,12 @@ class Step:
             for parameter in peer.parameters():  # another model, not a copy of mine
                 noise = torch.randn(parameter.shape, generator=generator) * 0.02
                 parameter.data.add_(noise.to(parameter.device, parameter.dtype))
-            freeze(peer, None, _DTYPES[method.dtype])
+            freeze(peer, None, TORCH_DTYPES[method.dtype])
             self._clock.watch(peer, "forward", "peers")
             peers.append(peer)
         if peers:
             codistiller = Codistiller(
-                peer=0, peers=method.peers, schedule=AlphaSchedule(), peer_dtype=_DTYPES[method.dtype], every=method.every
+                peer=0, peers=method.peers, schedule=AlphaSchedule(), peer_dtype=TORCH_DTYPES[method.dtype], every=method.every
             )
             hook.attach(task, codistiller, Run(method.peers, None, None), "train", lambda: peers)
         return peers

@@ -14,7 +14,8 @@ from torch import nn
 
 from fairseq_codistill.core import barrier, group
 from fairseq_codistill.core import codistiller as codistiller_module
-from fairseq_codistill.core.codistiller import AlphaSchedule, Codistiller
+from fairseq_codistill.core.codistiller import Codistiller
+from fairseq_codistill.core.schedules import AlphaSchedule
 from fairseq_codistill.core.topology import edges_of
 from fairseq_codistill.exchange import background as background_module
 from fairseq_codistill.exchange.exchange import KEEP_FOR_LEARNERS, Exchange, Run

@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_codistill import hook
-from fairseq_codistill.core.codistiller import Teaching
 from fairseq_codistill.core.fused import Objective, Peer, fused
 from fairseq_codistill.core.losses import AGGREGATES, DISTANCES
 from fairseq_codistill.core.output_layer import output_layer, replaced
 from fairseq_codistill.core.replica import replica
+from fairseq_codistill.core.teaching import Teaching
 
 N, C, V = 7, 5, 11
 
@@ -218,19 +218,26 @@ def setting(data):
     return Setting(data, CODISTILL)
 
 
+def layers_of(setting):
+    """What the loss would be fused with, for one peer; None for the whole path."""
+    probe, teaching = setting.criterion()._probe, Teaching(1.0, [setting.peer])
+    probe.try_out(setting.model, setting.sample, teaching)
+    return probe.output_layers(setting.model, teaching)
+
+
 def both_paths(setting, criterion, sample):
     """(loss, log, gradients) by the fused and by the whole path."""
     results = []
     for layers in (None, {setting.model: None}):
         if layers is not None:
-            criterion._layers.update(layers)
+            criterion._probe.layers.update(layers)
         setting.model.zero_grad()
         loss, _, log = criterion(setting.model, sample)
         loss.backward()
         results.append(
             (loss.detach(), log, {n: p.grad.clone() for n, p in setting.model.named_parameters() if p.grad is not None})
         )
-    assert criterion._layers[setting.model] is None
+    assert criterion._probe.layers[setting.model] is None
     return results
 
 
@@ -275,7 +282,7 @@ def test_both_paths_are_one_in(raw, data, tmp_path, name):
     criterion = other.criterion(loss="ce")
     results = both_paths(other, criterion, other.teach())
     check_equal(results)
-    assert isinstance(other.criterion()._output_layers(other.model, other.sample, Teaching(1.0, [other.peer]))[0], nn.Linear)
+    assert isinstance(layers_of(other)[0], nn.Linear)
 
 
 def test_bf16_peers(setting):
@@ -302,7 +309,7 @@ def rank_gradients(rank, ranks, port, find_unused, data, pipe):
             with contextlib.nullcontext() if last else wrapped.no_sync():  # as fairseq does for --update-freq
                 criterion(wrapped, rank_sample(setting, rank, ranks, teaches, number))[0].backward()
         steps.append({name: p.grad.numpy().copy() for name, p in setting.model.named_parameters() if p.grad is not None})
-    assert criterion._layers[wrapped] is setting.model.decoder.output_projection
+    assert criterion._probe.layers[wrapped] is setting.model.decoder.output_projection
     pipe.send(steps)
     torch.distributed.destroy_process_group()
 
@@ -334,7 +341,7 @@ def test_torch_ddp_averages_the_gradients(data, setting, ranks, find_unused):
         expected = []
         for rank in range(ranks):
             criterion = setting.criterion(loss="ce")
-            criterion._layers[setting.model] = None  # the general path
+            criterion._probe.layers[setting.model] = None  # the general path
             setting.model.zero_grad()
             for part in range(micro_batches):
                 criterion(setting.model, rank_sample(setting, rank, ranks, teaches, part))[0].backward()
@@ -393,7 +400,7 @@ def test_tied_lstm_and_adaptive_softmax_take_the_general_path(raw, tmp_path):
     for words in ("--arch lstm_lm --share-decoder-input-output-embed --decoder-embed-dim 16 --decoder-out-embed-dim 16",
                   "--arch transformer_lm --decoder-embed-dim 16 --adaptive-softmax-cutoff 10,20"):  # fmt: skip
         other = Setting(data, CODISTILL, model=f"{LM} {words}")
-        assert other.criterion()._output_layers(other.model, other.sample, Teaching(1.0, [other.peer])) is None
+        assert layers_of(other) is None
         loss, _, log = other.criterion()(other.model, other.teach())
         assert loss.isfinite() and log["codistill_loss"] > 0
 
@@ -429,7 +436,7 @@ def test_both_paths_are_one_under_autocast(setting, data, autocast, peer_dtype, 
     results = []
     for layers in ({}, {setting.model: None}):
         criterion = setting.criterion(loss="ce")
-        criterion._layers.update(layers)
+        criterion._probe.layers.update(layers)
         setting.model.zero_grad()
         with autocast():
             loss, _, log = criterion(setting.model, sample)
@@ -437,7 +444,7 @@ def test_both_paths_are_one_under_autocast(setting, data, autocast, peer_dtype, 
         dtypes.append({p.grad.dtype for p in setting.model.parameters() if p.grad is not None})
         gradients = {n: p.grad.clone() for n, p in setting.model.named_parameters() if p.grad is not None}
         results.append((float(loss.detach()), float(log["codistill_loss"]), gradients))
-        assert (criterion._layers[setting.model] is None) == bool(layers)
+        assert (criterion._probe.layers[setting.model] is None) == bool(layers)
     assert dtypes == [{torch.float32}] * 2
     (loss, distance, gradients), (slow_loss, slow_distance, slow_gradients) = results
     assert loss == pytest.approx(slow_loss, rel=5e-3) and distance == pytest.approx(slow_distance, rel=5e-3)
@@ -491,7 +498,7 @@ def test_fairseqs_step_under_amp(setting, autocast, monkeypatch):
     step = type(setting.task).train_step
     sample = {**setting.sample, hook.TEACHING: Teaching(1.0, [replica(setting.peer, torch.bfloat16)])}
     loss, _, log = step(setting.task, sample, model, criterion, AmpOptimizer(), 0)
-    assert criterion._layers[model] is model.decoder.output_projection and log["codistill_loss"] > 0
+    assert criterion._probe.layers[model] is model.decoder.output_projection and log["codistill_loss"] > 0
     plain, _, _ = criterion(setting.model, sample)
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-2) and loss != plain
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -506,7 +513,7 @@ def test_autocast_on_a_gpu(setting, dtype, peer_dtype):
     sample = move_to_cuda({**setting.sample})
     losses = []
     for layers in ({}, {model: None}):
-        criterion._layers = WeakKeyDictionary(layers)
+        criterion._probe.layers = WeakKeyDictionary(layers)
         model.zero_grad()
         with torch.autocast("cuda", dtype=dtype):
             loss, _, _ = criterion(model, {**sample, hook.TEACHING: Teaching(0.7, [peer], 2.0)})

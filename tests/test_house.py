@@ -44,8 +44,9 @@ LAYERS = {
     "core.output_layer": set(),
     "core.group": set(),
     "core.barrier": {"core.group", "exchange.background", "exchange.exchange", "exchange.manifest"},
+    "core.teaching": {"core.schedules"},
     "core.codistiller": {
-        "core.group", "core.int8", "core.barrier", "core.replica", "core.schedules",
+        "core.barrier", "core.group", "core.int8", "core.replica", "core.schedules", "core.teaching",
         "core.topology", "exchange.background", "exchange.exchange", "exchange.manifest", "exchange.snapshot",
         "exchange.structure", "exchange.worker",
     },  # fmt: skip
@@ -96,12 +97,18 @@ LAYERS = {
     "wrapping": set(),
     "ending": set(),
     "data_order": {"core.schedules", "wrapping"},
-    "hook": {"core.codistiller", "data_order", "ending", "exchange.exchange", "wrapping"},
+    "facts": set(),
+    "hook": {"core.codistiller", "core.teaching", "ending", "exchange.run", "facts", "wrapping"},
     "config": {"common.paths", "core.losses", "core.schedules", "core.topology"},
+    "build": {
+        "config", "core.codistiller", "core.losses", "core.schedules", "core.topology", "data_order", "exchange.exchange",
+        "exchange.run", "exchange.stores", "hook", "teachers",
+    },  # fmt: skip
+    "metrics": set(),
+    "probe": {"core.output_layer", "core.teaching", "teachers"},
     "criterion": {
-        "config", "core.codistiller", "core.fused", "core.guard", "core.losses",
-        "core.output_layer", "core.topology", "exchange.exchange", "exchange.stores", "hook",
-        "teachers",
+        "build", "config", "core.fused", "core.guard", "core.losses", "core.output_layer", "core.teaching", "hook",
+        "metrics", "probe",
     },  # fmt: skip
     "teachers": {"core.output_layer"},
     "plugin": {"compat", "criterion", "image.lr_schedules", "image.models", "image.nesterov", "image.task"},
@@ -123,6 +130,7 @@ FOREIGN = {
     "core.output_layer": {"torch"},
     "core.replica": {"torch"},
     "core.schedules": set(),
+    "core.teaching": {"torch"},
     "core.topology": set(),
     "data_order": set(),
     "ending": set(),
@@ -139,6 +147,7 @@ FOREIGN = {
     "exchange.structure": set(),
     "exchange.url_store": {"fsspec"},
     "exchange.worker": set(),
+    "facts": set(),
     "hook": set(),
     "registration": set(),
     "wrapping": set(),

@@ -26,13 +26,15 @@ from fairseq_runs import (
 from image_runs import MODEL, SGD, TASK, write_digits, write_folder
 from test_config import config
 
-from fairseq_codistill.core.codistiller import AlphaSchedule, Codistiller
+from fairseq_codistill.core.codistiller import Codistiller
+from fairseq_codistill.core.schedules import AlphaSchedule
 from fairseq_codistill.core.topology import edges_of
 from fairseq_codistill.criterion import CodistillCriterion
+from fairseq_codistill.data_order import order_data
 from fairseq_codistill.exchange.exchange import Exchange, Run
 from fairseq_codistill.exchange.snapshot import tensors_of
 from fairseq_codistill.exchange.stores import MemoryStore
-from fairseq_codistill.hook import TEACHING, order_data
+from fairseq_codistill.hook import TEACHING
 from fairseq_codistill.image import predict as image_predict
 from fairseq_codistill.image.options import ImageClassificationConfig, check
 from fairseq_codistill.image.task import distance

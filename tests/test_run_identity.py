@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from test_exchange import fetch, model, publish
 
-from fairseq_codistill import config, criterion
+from fairseq_codistill import build, config
 from fairseq_codistill.exchange import liveness
 from fairseq_codistill.exchange.exchange import KEEP, KEEP_FOR_LEARNERS, Exchange, IndexTaken, Run
 from fairseq_codistill.exchange.manifest import BadSnapshot, Heartbeat
@@ -478,7 +478,7 @@ class Dictionary(list):
 
 def made(task, **options):
     cfg = config.CodistillConfig(**{"codistill_peers": 3, "codistill_interval": 7, "seed": 5, **options})
-    return criterion._run(SimpleNamespace(**task), cfg)
+    return build.run_of(SimpleNamespace(**task), cfg)
 
 
 def test_the_run_of_a_task():

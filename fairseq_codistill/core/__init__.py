@@ -5,5 +5,6 @@
     output_layer, fused              distances without whole matrices of logits
     replica, int8                    frozen copies of peers' models
     group, barrier                   the ranks of one peer decide together; peers wait for each other
-    codistiller                      the peers that are held, exchanged and asked
+    teaching                         which peers teach in an update, and how strongly
+    codistiller                      the exchange protocol of a group: rank 0 decides, all ranks follow
 """

@@ -1,4 +1,4 @@
-"""Which peers teach now: holds the peers' stale copies, exchanges snapshots when due, and knows each one's age.
+"""The exchange protocol of a group: exchanges snapshots when due, and puts the peers' into the stale copies.
 
 Every rank of a data-parallel group has a codistiller; rank 0 alone has a background exchange, which moves the bytes. Its
 decision and the weights that it read are broadcast, so that all ranks hold the same peers at the same update. If rank 0
@@ -12,11 +12,11 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ..exchange.background import BackgroundExchange
 from ..exchange.exchange import SILENT_SECONDS, Exchange, Run
@@ -29,6 +29,7 @@ from .barrier import Barrier
 from .int8 import load
 from .replica import freeze, replica
 from .schedules import AlphaSchedule
+from .teaching import Held, Teachers, Teaching
 from .topology import Edge, learners_of, teachers_of
 
 logger = logging.getLogger(__name__)
@@ -37,44 +38,6 @@ LOCKSTEP_WAIT = 600.0  # seconds; in lockstep a peer that is this late is taken 
 _LATE_LOOKS = 10  # looks in an interval for a snapshot that was not there when the exchange was due
 _ANSWER = 300.0  # seconds for the storage to answer before training begins
 _READ = 60.0  # seconds to wait for the teachers' snapshots where the exchange goes on in the background
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """What a training sample carries to the criterion: α, and the peers to learn from, each frozen and in eval mode.
-
-    Peers run only when their outputs are asked for, one after another; the criterion decides what it keeps of each.
-    """
-
-    alpha: float
-    peers: Sequence[nn.Module] = ()
-    staleness: float = 0.0  # updates, mean over the peers
-    names: Sequence[str] = ()  # of the peers, for messages
-
-    def outputs(self, net_input: Dict[str, Any]) -> Iterator[Tuple[nn.Module, Any]]:
-        """Each peer with what it predicts for `net_input`; no gradient is recorded."""
-        for peer in self.peers:
-            with torch.no_grad():
-                output = peer(**self.cast(peer, net_input))
-            yield peer, output
-
-    @staticmethod
-    def cast(peer: nn.Module, net_input: Dict[str, Any]) -> Dict[str, Any]:
-        """The input with its floats (images, speech) in the peer's precision."""
-        dtype = next((p.dtype for p in peer.parameters() if p.is_floating_point()), None)
-        return {name: _cast(value, dtype) for name, value in net_input.items()}
-
-    def of(self, part: str) -> Teaching:
-        """The same teaching by the sub-models `peer.models[part]`: one language pair of a multilingual model."""
-        return Teaching(self.alpha, [peer.models[part] for peer in self.peers], self.staleness, self.names)
-
-
-@dataclass
-class _Held:
-    """A peer as it is held here: its model, and the manifest of the weights that are in it."""
-
-    model: nn.Module
-    manifest: Manifest
 
 
 @dataclass
@@ -114,7 +77,7 @@ class Codistiller:
         self._model: Optional[nn.Module] = None
         self._update: Optional[int] = None
         self._started = 0  # first update since this start
-        self._held: Dict[int, _Held] = {}
+        self.teachers = Teachers(self.schedule, self.every, self.max_staleness, self.needs_peers, self.frozen)
         self._due: List[int] = []  # teachers of whom nothing new has come since the exchange was due
         self._background: Optional[BackgroundExchange] = None  # rank 0's alone
         self._barrier: Optional[Barrier] = None
@@ -132,16 +95,16 @@ class Codistiller:
 
     def load_frozen(self, load: Callable[[], Sequence[nn.Module]]) -> None:
         """Before training: load the offline teachers, on every rank. Raises on all where it fails on one."""
-        self.frozen = group.by_all(load)
+        self.teachers.frozen = group.by_all(load)
 
     def begin_epoch(self, epoch: int, model: nn.Module) -> None:
         """`model`: the unwrapped one, on its device and in its dtype."""
         self.epoch, self._model = epoch, model
-        if self.frozen:
+        if self.teachers.frozen:
             group.by_all(self._freeze)
 
     def _freeze(self) -> None:
-        for teacher in self.frozen:
+        for teacher in self.teachers.frozen:
             freeze(teacher, next(self._model.parameters()).device, self.peer_dtype, _dtype_of(self._model))
 
     def checkpointed(self) -> None:
@@ -159,19 +122,7 @@ class Codistiller:
             first, self._update = self._update is None, update
             if self.exchange is not None:
                 self._exchange_if_due(update, first)
-        alpha = self.schedule.at(self.epoch, update)
-        if alpha == 0 or update % self.every:
-            return None
-        if not self.needs_peers:
-            return Teaching(alpha)
-        if self.frozen:
-            return Teaching(alpha, self.frozen, names=[getattr(model, "codistill_name", "a teacher") for model in self.frozen])
-        fresh = {peer: held for peer, held in self._held.items() if self._may_teach(held, update)}
-        if not fresh:
-            return None
-        ages = [update - held.manifest.update for held in fresh.values()]
-        models = [held.model for held in fresh.values()]
-        return Teaching(alpha, models, sum(ages) / len(ages), [f"peer {peer}" for peer in fresh])
+        return self.teachers.at(self.epoch, update)
 
     def drain(self, seconds: float) -> None:
         """Wait for what is being published, but no longer than `seconds`; nothing new is begun."""
@@ -203,14 +154,14 @@ class Codistiller:
         self._checkpoints = (update, update)  # the one that was resumed from is there
         self._started = update
         group.by_rank_0(lambda: self._begin_exchange(update))
-        self._barrier = Barrier(self.exchange, self._background, self._teachers, self.sleep)
+        self._barrier = Barrier(self.exchange, self._background, self._teacher_indices, self.sleep)
 
     def _begin_exchange(self, update: int) -> None:
         architecture = fingerprint(self._model)
         past = self._ask_own_folder(self._past, update, architecture)
         wire = self.wire_dtype or (torch.bfloat16 if _dtype_of(self._model) == torch.float32 else None)
         self._background = BackgroundExchange(
-            self.exchange, self._teachers, architecture, tensors_of(self._model), wire,
+            self.exchange, self._teacher_indices, architecture, tensors_of(self._model), wire,
             self.in_background and not self.lockstep, self.updates, self.clock, self._own_folder,
         )  # fmt: skip
         self._background.start()
@@ -276,7 +227,7 @@ class Codistiller:
                 logger.warning(f"codistillation: at update {update} nothing was published: {error}; training goes on")
         if first and self.wait:
             self._barrier.await_first_snapshots(self.wait)
-        self._due = list(self._teachers)
+        self._due = list(self._teacher_indices)
         if not self.lockstep:
             self._reload(first)
         # In lockstep a run resumed between two exchanges goes back to what was held there.
@@ -288,7 +239,7 @@ class Codistiller:
         """Heartbeat, and the weights when they are due."""
         now = time.monotonic()
         seconds, self._exchanged = None if first else now - self._exchanged, now
-        self._background.at(update, {peer: held.manifest.update for peer, held in self._held.items()}, seconds)
+        self._background.at(update, self.teachers.updates(), seconds)
         if update % self.interval == 0:
             self._publish(update, done=False)
 
@@ -320,7 +271,7 @@ class Codistiller:
             self._take(peer, manifest, next((weights for p, _, weights in news if p == peer), None))
             self._due.remove(peer)
         if news:
-            self._background.holds({peer: held.manifest.update for peer, held in self._held.items()})
+            self._background.holds(self.teachers.updates())
 
     def _take(self, peer: int, manifest: Manifest, weights: Optional[Weights]) -> None:
         """Put a snapshot into the peer's model; ranks other than 0 get the tensors from rank 0.
@@ -332,7 +283,7 @@ class Codistiller:
         except Exception as error:
             model, reason = None, f"{type(error).__name__}: {error}"  # and not the error, whose frames hold the memory
         if not group.all_well(model is not None, next(self._model.parameters()).device):
-            self._held.pop(peer, None)
+            self.teachers.held.pop(peer, None)
             logger.warning(
                 f"codistillation: peer {peer}: its snapshot of update {manifest.update} could not be loaded ({reason}); "
                 "training goes on without it until its next one"
@@ -341,13 +292,13 @@ class Codistiller:
         if group.is_grouped():
             for tensor in tensors_of(model).values():
                 dist.broadcast(tensor, src=0)
-        self._held[peer] = _Held(model, manifest)
+        self.teachers.held[peer] = Held(model, manifest.update)
         if self._leads:
             self._background.totals.copy_s += time.perf_counter() - start
         logger.info(f"codistillation: learning from peer {peer} as of its update {manifest.update}")
 
     def _filled(self, peer: int, weights: Optional[Weights]) -> nn.Module:
-        held = self._held.get(peer)
+        held = self.teachers.held.get(peer)
         model = held.model if held else replica(self._model, self.peer_dtype)
         if weights is not None:
             load(model, weights)
@@ -364,16 +315,9 @@ class Codistiller:
         return group.leads()
 
     @property
-    def _teachers(self) -> List[int]:
+    def _teacher_indices(self) -> List[int]:
         return teachers_of(self.peer, self.edges)
-
-    def _may_teach(self, held: _Held, update: int) -> bool:
-        return self.max_staleness is None or update - held.manifest.update <= self.max_staleness
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
-def _cast(value: Any, dtype: Optional[torch.dtype]) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and dtype else value

@@ -38,6 +38,7 @@ LAYERS = {
     "core.losses": {"core.guard"},
     "core.schedules": set(),
     "core.topology": set(),
+    "core.weight_decay": set(),
     "core.int8": set(),
     "core.replica": {"core.int8"},
     "core.fused": {"core.guard", "core.losses", "core.output_layer"},
@@ -89,14 +90,14 @@ LAYERS = {
     "image.options": {"image.transforms"},
     "image.folder": {"common.paths", "compat", "image.transforms"},
     "image.models": {"compat"},
-    "image.lr_schedules": set(),
+    "image.lr_schedules": {"core.weight_decay"},
     "image.nesterov": set(),
     "image.task": {"compat", "image.folder", "image.lr_schedules", "image.options", "image.transforms"},
     "image.predict": {"common.paths", "compat", "image.folder", "image.models", "image.task"},
     "compat": set(),
     "wrapping": set(),
     "ending": set(),
-    "data_order": {"core.schedules", "wrapping"},
+    "data_order": {"core.schedules", "core.weight_decay", "wrapping"},
     "facts": set(),
     "hook": {"core.codistiller", "core.teaching", "ending", "exchange.run", "facts", "wrapping"},
     "config": {"common.paths", "core.losses", "core.schedules", "core.topology"},
@@ -132,6 +133,7 @@ FOREIGN = {
     "core.schedules": set(),
     "core.teaching": {"torch"},
     "core.topology": set(),
+    "core.weight_decay": set(),
     "data_order": set(),
     "ending": set(),
     "exchange.background": {"torch"},
@@ -164,7 +166,7 @@ FOLDERS = {
     "core": {"exchange"},
     "launch": {"common", "core", "exchange"},
     "report": {"common"},
-    "image": {"", "common"},  # of the plugin only compat, see LAYERS
+    "image": {"", "common", "core"},  # of the plugin only compat, see LAYERS
     "": {"common", "core", "exchange", "image"},
 }
 ROOMS = sorted(path for path in PLUGIN.rglob("*.py") if path.name != "__init__.py" or path.parent == PLUGIN)

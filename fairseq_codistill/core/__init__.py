@@ -1,6 +1,7 @@
 """Codistillation with torch alone: usable in any trainer, and free of fairseq.
 
-    losses, schedules, topology      the papers' equations
+    losses, schedules, weight_decay, topology
+                                     the papers' equations
     guard                            teachers' predictions that would do harm
     output_layer, fused              distances without whole matrices of logits
     replica, int8                    frozen copies of peers' models

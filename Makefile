@@ -29,7 +29,7 @@ help:
 	@echo 'make install      create $(VENV) and install everything that the targets below need'
 	@echo 'make demo         codistillation against its baselines on a corpus of our own: ten minutes on two cores'
 	@echo 'make test         the tests; TESTS=tests/test_losses.py runs some of them'
-	@echo 'make lint         ruff'
+	@echo 'make lint         ruff, and mypy on the package'
 	@echo 'make benchmark    what an exchange costs and saves, fuzzing, kills, steps: more than an hour on two idle cores'
 	@echo 'make soak         peers that are killed and started again for half an hour'
 	@echo 'make test-legacy  the tests with stock fairseq 0.12.2, where a Python 3.9 or 3.10 is found'
@@ -45,6 +45,7 @@ test: install
 
 lint: install
 	$(IN_VENV) ruff check .
+	$(IN_VENV) mypy
 
 benchmark: install
 	$(IN_VENV) python benchmarks/communication.py

@@ -31,8 +31,8 @@ setup(
         "s3": ["s3fs"],
         # moto's extra "server" would bring all of AWS, and thirty packages; its S3 needs no more than flask.
         "dev": [
-            "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "s3fs", "moto[s3]", "flask", "flask-cors",
-            "simpy", "scipy", "torchvision", "scikit-learn",
+            "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "s3fs", "moto[s3]", "flask",
+            "flask-cors", "simpy", "scipy", "torchvision", "scikit-learn",
         ],  # fmt: skip
     },
     entry_points={

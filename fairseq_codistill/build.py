@@ -28,9 +28,9 @@ def attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) -
     decays = config.numbers(cfg, "codistill_weight_decays")
     if decays:
         schedule_weight_decay(task, config.numbers(cfg, "codistill_milestones"), decays)
-    if cfg.codistill_peers > 1 and str(cfg.codistill_data) != "independent":
-        who = (cfg.codistill_peer, cfg.codistill_peers)
-        order_data(task, str(cfg.codistill_data), *who, cfg.train_subset, cfg.seed)
+    peer, peers = config.peers_of(cfg)
+    if peers > 1 and str(cfg.codistill_data) != "independent":
+        order_data(task, str(cfg.codistill_data), peer, peers, cfg.train_subset, cfg.seed)
     if not config.active(cfg):
         logger.info("codistillation: no peers are configured, so this trains alone, exactly as cross_entropy does")
         return
@@ -40,8 +40,9 @@ def attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) -
 
 def codistiller_of(cfg: config.CodistillConfig) -> Codistiller:
     control = str(cfg.codistill_loss) in CONTROLS
-    peer, peers = cfg.codistill_peer, cfg.codistill_peers
+    peer, peers = config.peers_of(cfg)
     exchanges = peers > 1 and not control and not cfg.codistill_teacher
+    assert cfg.codistill_alpha is not None and cfg.codistill_interval is not None, "see config.fill_defaults"
     peer_dtype, wire_dtype = (
         TORCH_DTYPES[None if value is None else str(value)] for value in (cfg.codistill_peer_dtype, cfg.codistill_wire_dtype)
     )
@@ -52,7 +53,7 @@ def codistiller_of(cfg: config.CodistillConfig) -> Codistiller:
             str(cfg.codistill_alpha_schedule), cfg.codistill_alpha, cfg.codistill_gamma, cfg.codistill_alpha_step,
             config.numbers(cfg, "codistill_milestones"), cfg.codistill_alpha_max, cfg.codistill_burn_in,
         ),
-        exchange=Exchange(open_store(cfg.codistill_dir), peer, restarted=config.is_restart()) if exchanges else None,
+        exchange=Exchange(open_store(str(cfg.codistill_dir)), peer, restarted=config.is_restart()) if exchanges else None,
         edges=edges_of(cfg.codistill_topology, peers),
         interval=cfg.codistill_interval,
         every=cfg.codistill_every,
@@ -69,7 +70,7 @@ def codistiller_of(cfg: config.CodistillConfig) -> Codistiller:
 def run_of(task: Any, cfg: config.CodistillConfig) -> Run:
     target = task.target_dictionary
     return Run(
-        cfg.codistill_peers,
+        config.peers_of(cfg)[1],
         None if target is None else teachers.digest(target),
         None if target is None else len(target),
         source_sha256=_sources_sha256(task),

@@ -8,7 +8,7 @@ import argparse
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Callable, List, Optional
+from typing import Callable, List, Optional, Tuple
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
@@ -43,7 +43,7 @@ class CodistillConfig(FairseqDataclass):
         "updates between publishing this peer's weights and reloading the others' (default: 2500, but at most a 20th of "
         "--max-update; 500 where that is not given)",
     )
-    codistill_loss: ChoiceEnum([*DISTANCES, *CONTROLS]) = _option(
+    codistill_loss: ChoiceEnum([*DISTANCES, *CONTROLS]) = _option(  # type: ignore[valid-type]
         "ce", "distance to the peers' predictions; uniform and unigram are the smoothing controls, without a peer"
     )
     codistill_temperature: float = _option(1.0, "τ of kl, reverse_kl, js and ce, with the factor τ²")
@@ -51,7 +51,7 @@ class CodistillConfig(FairseqDataclass):
         None,
         f"weight α of the distance in the first epoch (default: the distance's own: {_ALPHAS})",
     )
-    codistill_alpha_schedule: ChoiceEnum(list(ALPHA_SCHEDULES)) = _option(
+    codistill_alpha_schedule: ChoiceEnum(list(ALPHA_SCHEDULES)) = _option(  # type: ignore[valid-type]
         "exponential", "α by epoch: constant; exponential, α·γ^(epoch−1); stepwise, + step after each milestone"
     )
     codistill_gamma: float = _option(1.1, "γ of the exponential schedule")
@@ -64,10 +64,10 @@ class CodistillConfig(FairseqDataclass):
     )
     codistill_burn_in: int = _option(0, "updates before which α is 0 and no peer is run")
     codistill_topology: str = _option("all", "topology: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
-    codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(
+    codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(  # type: ignore[valid-type]
         "pairwise", "pairwise: mean of the distances; mean: distance to the peers' mean prediction"
     )
-    codistill_peer_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
+    codistill_peer_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(  # type: ignore[valid-type]
         None,
         "precision of the peers' weights and forward (default: the model's); bf16 is fastest where the processor has it, "
         "int8 saves memory and costs time",
@@ -75,7 +75,7 @@ class CodistillConfig(FairseqDataclass):
     codistill_every: int = _option(
         1, "distil on every k-th update only, the others are plain and cheaper; α is not raised for it"
     )
-    codistill_wire_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
+    codistill_wire_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(  # type: ignore[valid-type]
         None, "precision in which weights travel (default: bf16 for an fp32 model, else the model's)"
     )
     codistill_sync: bool = _option(False, "lockstep: wait for the peers' snapshot of the same update (reproducible runs)")
@@ -83,7 +83,7 @@ class CodistillConfig(FairseqDataclass):
         0.0, "seconds to wait at the start for the peers' first snapshots; with --codistill-sync, for each (0: 600)"
     )
     codistill_max_staleness: Optional[int] = _option(None, "updates after which a snapshot stops teaching")
-    codistill_data: ChoiceEnum(["independent", "same", "disjoint"]) = _option(
+    codistill_data: ChoiceEnum(["independent", "same", "disjoint"]) = _option(  # type: ignore[valid-type]
         "independent", "training data of the peers: independent order, same order, or disjoint fixed parts"
     )
     codistill_weight_decays: Optional[str] = _option(
@@ -116,6 +116,12 @@ def read_environment(cfg: CodistillConfig) -> CodistillConfig:
     cfg.codistill_peer = 0 if cfg.codistill_peer is None else cfg.codistill_peer
     cfg.codistill_peers = 1 if cfg.codistill_peers is None else cfg.codistill_peers
     return cfg
+
+
+def peers_of(cfg: CodistillConfig) -> Tuple[int, int]:
+    """(index of this peer, number of peers). `cfg`: environment already read."""
+    assert cfg.codistill_peer is not None and cfg.codistill_peers is not None
+    return cfg.codistill_peer, cfg.codistill_peers
 
 
 def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
@@ -181,7 +187,7 @@ def numbers(cfg: CodistillConfig, name: str) -> List[float]:
 
 def active(cfg: CodistillConfig) -> bool:
     """Whether anybody teaches at all; otherwise the criterion is plain cross entropy."""
-    return cfg.codistill_peers > 1 or cfg.codistill_teacher is not None or str(cfg.codistill_loss) in CONTROLS
+    return peers_of(cfg)[1] > 1 or cfg.codistill_teacher is not None or str(cfg.codistill_loss) in CONTROLS
 
 
 def _finite(test: Callable[[float], bool]) -> Callable[[float], bool]:
@@ -204,7 +210,7 @@ _RULES = (
 
 
 def _check_peers(cfg: CodistillConfig) -> None:
-    peer, peers = cfg.codistill_peer, cfg.codistill_peers
+    peer, peers = peers_of(cfg)
     if not 0 <= peer < peers:
         forgot = "; did you forget --codistill-peers (or CODISTILL_PEERS)?" if peers == 1 else "."
         raise ValueError(f"codistill_peer must be between 0 and {peers - 1} with {peers} peers, but is {peer} instead{forgot}")

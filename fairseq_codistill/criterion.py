@@ -121,7 +121,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         if not agreement:
             return distance_N, self._log(teaching, distance_N.sum().data, positions)
         counts = torch.stack([(bad_N & kept_N).sum() for bad_N in dropped])
-        shared = sum(agreement) / len(agreement)
+        shared = torch.stack(agreement).sum() / len(agreement)
         return distance_N, self._log(teaching, distance_N.sum().data, positions, shared, counts)
 
     def _log(
@@ -129,13 +129,13 @@ class CodistillCriterion(CrossEntropyCriterion):
         dropped: Optional[Tensor] = None,
     ) -> Dict[str, Any]:  # fmt: skip
         """What `reduce_metrics` adds up. `dropped`: of each peer, the positions at which it may not teach."""
-        log = {
+        log: Dict[str, Any] = {
             "codistill_loss": distance,
             "codistill_weighted": teaching.alpha * distance,
             "codistill_positions": positions,
             "codistill_alpha": teaching.alpha * positions,
         }
-        if agreement is not None:
+        if agreement is not None and dropped is not None:
             log["codistill_staleness"] = teaching.staleness * positions
             log["codistill_agreement"] = agreement
             log["codistill_dropped"] = dropped.sum() / len(dropped)

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from multiprocessing import util
+from types import FrameType
 from typing import Any, Callable, Optional
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def watch(task: Any, end: Callable[[bool], None], seems_complete: Callable[[], b
 
 def _speaker() -> Optional[logging.Logger]:
     """The logger of the program below which this is called, if it has the last words to say."""
-    frame = sys._getframe()
+    frame: Optional[FrameType] = sys._getframe()
     while frame is not None:
         if any(isinstance(text, str) and text.startswith(_LAST_WORDS) for text in frame.f_code.co_consts):
             found = frame.f_globals.get("logger")
@@ -82,11 +83,11 @@ def _hear(speaker: logging.Logger, task: Any, then: Callable[[], None]) -> Calla
 
     def forget() -> None:
         if vars(speaker).get("info") is listening:
-            del speaker.info  # type: ignore[misc]
+            del speaker.info
             if info != speaker.info:
                 speaker.info = info  # type: ignore[method-assign]
 
-    speaker.info = listening  # type: ignore[method-assign]
+    speaker.info = listening  # type: ignore[assignment, method-assign]
     return forget
 
 

@@ -40,7 +40,8 @@ class Probe:
     def output_layers(self, model, teaching: Teaching) -> Optional[List[nn.Linear]]:
         """The output layers of the model and of its peers, if each has one that may be fused with the loss."""
         layers = [self.layers.get(one) for one in (model, *teaching.peers)]
-        return layers if all(layer is not None for layer in layers) else None
+        found = [layer for layer in layers if layer is not None]
+        return found if len(found) == len(layers) else None
 
     def scores(self, model, net_output) -> Tensor:
         """A model's logits as [N, V], or its log-probabilities where its output is no logits (adaptive softmax, copying)."""

@@ -113,8 +113,10 @@ class _Telling(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        name = module.__spec__.name
-        module.__loader__ = module.__spec__.loader = self._loader  # for whoever asks the module itself
+        spec = module.__spec__
+        assert spec is not None, "whoever imports a module has given it a spec"
+        name = spec.name
+        module.__loader__ = spec.loader = self._loader  # for whoever asks the module itself
         self._listener.begin(name)
         whole = False
         try:

@@ -60,7 +60,7 @@ def _load(path: str, task: Any) -> nn.Module:
     _check_classes(path, state, task)
     model = _build(path, state, settings, task)
     _check_dictionaries(path, settings, task)
-    model.codistill_name = f"teacher {path}"
+    model.codistill_name = f"teacher {path}"  # type: ignore[assignment]
     return model
 
 

@@ -67,12 +67,17 @@ class Barrier:
         self._await(lambda: impatient.issuperset(remaining()), seconds, asked_for=False)
         self._slow = self._slow.difference(teachers).union(remaining())
 
+    @property
+    def _rank_0(self) -> BackgroundExchange:
+        assert self._background is not None, "rank 0 alone looks at the exchange"
+        return self._background
+
     def _need_not_wait(self, teacher: int, update: int) -> bool:
         """The teacher's snapshot is there; or it was late, and no heartbeat has come since; or its storage still hangs."""
         if self._look(teacher, update) is not None:
             self._missed.pop(teacher, None)
             return True
-        if teacher in self._slow and self._background.is_reading(teacher):
+        if teacher in self._slow and self._rank_0.is_reading(teacher):
             return True
         if teacher not in self._missed:
             return False
@@ -85,7 +90,7 @@ class Barrier:
     def _liveness_of(self, teacher: int) -> Any:
         """What changes while the teacher is alive; None where that cannot be seen."""
         with contextlib.suppress(OSError):
-            return self._background.ask(teacher, self._liveness, teacher)
+            return self._rank_0.ask(teacher, self._liveness, teacher)
         return None
 
     def _liveness(self, teacher: int) -> List[Any]:
@@ -101,7 +106,7 @@ class Barrier:
     def _look(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:
         """The teacher's snapshot of `update`, or its last if it will make no more; with None, its newest."""
         with contextlib.suppress(BadSnapshot, OSError):
-            return self._background.ask(teacher, self._snapshot, teacher, update)
+            return self._rank_0.ask(teacher, self._snapshot, teacher, update)
         return None
 
     def _snapshot(self, teacher: int, update: Optional[int]) -> Optional[Manifest]:

@@ -74,13 +74,13 @@ class Codistiller:
     def __post_init__(self) -> None:
         self.epoch = 1
         self.valid_loss: Optional[float] = None
-        self._model: Optional[nn.Module] = None
+        self._trained: Optional[nn.Module] = None
         self._update: Optional[int] = None
         self._started = 0  # first update since this start
         self.teachers = Teachers(self.schedule, self.every, self.max_staleness, self.needs_peers, self.frozen)
         self._due: List[int] = []  # teachers of whom nothing new has come since the exchange was due
-        self._background: Optional[BackgroundExchange] = None  # rank 0's alone
-        self._barrier: Optional[Barrier] = None
+        self._moves: Optional[BackgroundExchange] = None  # rank 0's alone
+        self._waits: Optional[Barrier] = None
         self._own_folder = Worker()  # for this peer's own folder of the exchange
         self._exchanged: Optional[float] = None  # when, by time.monotonic
         self._checkpoints = (0, 0)  # updates of the last checkpoint but one, and of the last
@@ -91,7 +91,7 @@ class Codistiller:
     def join(self, run: Run) -> None:
         """Before training: agree with the other peers on the run. Raises ValueError, in one sentence, on every rank."""
         if self.exchange is not None:
-            group.by_rank_0(lambda: self._ask_own_folder(self.exchange.join, run))
+            group.by_rank_0(lambda: self._ask_own_folder(self._shared.join, run))
 
     def load_frozen(self, load: Callable[[], Sequence[nn.Module]]) -> None:
         """Before training: load the offline teachers, on every rank. Raises on all where it fails on one."""
@@ -99,7 +99,7 @@ class Codistiller:
 
     def begin_epoch(self, epoch: int, model: nn.Module) -> None:
         """`model`: the unwrapped one, on its device and in its dtype."""
-        self.epoch, self._model = epoch, model
+        self.epoch, self._trained = epoch, model
         if self.teachers.frozen:
             group.by_all(self._freeze)
 
@@ -126,8 +126,8 @@ class Codistiller:
 
     def drain(self, seconds: float) -> None:
         """Wait for what is being published, but no longer than `seconds`; nothing new is begun."""
-        if self._background is not None:
-            self._background.drain(seconds)
+        if self._moves is not None:
+            self._moves.drain(seconds)
 
     @property
     def may_be_complete(self) -> bool:
@@ -139,13 +139,14 @@ class Codistiller:
         if self._left or self.exchange is None or not self._leads:
             return
         self._left = True
-        if self._background is None:
+        if self._moves is None or self._update is None:
             with contextlib.suppress(OSError):
                 self._own_folder.ask(self.exchange.leave, seconds=1.0)
             self._own_folder.stop()
             return
-        self._background.totals.updates = self._update + 1 - self._started
-        publish_last = lambda: self._publish(self._update + 1, done=True) if completed else None  # noqa: E731
+        done = self._update + 1
+        self._background.totals.updates = done - self._started
+        publish_last = lambda: self._publish(done, done=True) if completed else None  # noqa: E731
         self._background.end("ended" if completed else "stopped", publish_last)
 
     # The exchange. Every rank of a group goes through it; only rank 0 has a background exchange.
@@ -154,14 +155,14 @@ class Codistiller:
         self._checkpoints = (update, update)  # the one that was resumed from is there
         self._started = update
         group.by_rank_0(lambda: self._begin_exchange(update))
-        self._barrier = Barrier(self.exchange, self._background, self._teacher_indices, self.sleep)
+        self._waits = Barrier(self._shared, self._moves, self._teacher_indices, self.sleep)
 
     def _begin_exchange(self, update: int) -> None:
         architecture = fingerprint(self._model)
         past = self._ask_own_folder(self._past, update, architecture)
         wire = self.wire_dtype or (torch.bfloat16 if _dtype_of(self._model) == torch.float32 else None)
-        self._background = BackgroundExchange(
-            self.exchange, self._teacher_indices, architecture, tensors_of(self._model), wire,
+        self._moves = BackgroundExchange(
+            self._shared, self._teacher_indices, architecture, tensors_of(self._model), wire,
             self.in_background and not self.lockstep, self.updates, self.clock, self._own_folder,
         )  # fmt: skip
         self._background.start()
@@ -171,22 +172,22 @@ class Codistiller:
         """Begin at `update`; this peer's last snapshot before this start, if there is one."""
         past = None
         with contextlib.suppress(BadSnapshot):
-            past = self.exchange.newest(self.peer) if update else None
-        self.exchange.begin(update, architecture, structure(self._model))
+            past = self._shared.newest(self.peer) if update else None
+        self._shared.begin(update, architecture, structure(self._model))
         return past
 
     def _warn_of_options(self, update: int, past: Optional[Manifest]) -> None:
         """Warn of values that were hardly meant; nothing is changed."""
-        values = {"interval": self.interval, "every": self.every, "burn-in": self.schedule.burn_in}
-        for name, value in values.items() if self.updates else ():
-            if value >= self.updates:
+        values, updates = {"interval": self.interval, "every": self.every, "burn-in": self.schedule.burn_in}, self.updates
+        for name, value in values.items() if updates else ():
+            if updates and value >= updates:
                 logger.warning(
-                    f"codistillation: --codistill-{name} is {value}, which is not below --max-update {self.updates}, so this "
-                    f"peer will learn nothing from the others; it must be far below, such as {max(1, self.updates // 10)}"
+                    f"codistillation: --codistill-{name} is {value}, which is not below --max-update {updates}, so this "
+                    f"peer will learn nothing from the others; it must be far below, such as {max(1, updates // 10)}"
                 )
         with contextlib.suppress(Exception):  # an older version's manifest, or one that was tampered with
             change = self.schedule.change_from(past.options, self.epoch, update) if past is not None else None
-            if change is not None:
+            if past is not None and change is not None:
                 logger.warning(f"codistillation: since this run's snapshot of update {past.update}: {change}")
 
     def _ask_own_folder(self, work: Callable, *args: Any) -> Any:
@@ -197,7 +198,7 @@ class Codistiller:
             return self._own_folder.ask(work, *args, seconds=_ANSWER)
         except TimeoutError:
             raise ValueError(
-                f"codistill_dir must be storage that answers, but {self.exchange.store} has not answered for {_ANSWER:g} s; "
+                f"codistill_dir must be storage that answers, but {self._shared.store} has not answered for {_ANSWER:g} s; "
                 "is its server down, or was another directory meant?"
             ) from None
 
@@ -238,7 +239,7 @@ class Codistiller:
     def _show(self, update: int, first: bool) -> None:
         """Heartbeat, and the weights when they are due."""
         now = time.monotonic()
-        seconds, self._exchanged = None if first else now - self._exchanged, now
+        seconds, self._exchanged = None if first or self._exchanged is None else now - self._exchanged, now
         self._background.at(update, self.teachers.updates(), seconds)
         if update % self.interval == 0:
             self._publish(update, done=False)
@@ -251,10 +252,10 @@ class Codistiller:
             resumes_from=self._checkpoints[0], done=done, options=self.schedule.options(),
         )  # fmt: skip
 
-    def _needed_from(self) -> int:
+    def _needed_from(self) -> Optional[int]:
         """Of this peer's snapshots, the earliest that a learner in lockstep may still ask for, while the others would wait."""
         learners, patience = learners_of(self.peer, self.edges), max(self.wait or LOCKSTEP_WAIT, SILENT_SECONDS)
-        return self.exchange.needed_from(learners, self.interval, patience)
+        return self._shared.needed_from(learners, self.interval, patience)
 
     def _reload(self, look: bool = False, update: Optional[int] = None) -> None:
         """Put the snapshots that are ready into the peers, on every rank. `look`: read now what is there, of `update`."""
@@ -266,7 +267,7 @@ class Codistiller:
                 found = self._background.take(teacher)
                 if found is not None:
                     news.append((teacher, *found))
-            self._background.warn_missing(self._due, self._update)
+            self._background.warn_missing(self._due, self._update or 0)
         for peer, manifest in group.share([(peer, manifest) for peer, manifest, _ in news]):
             self._take(peer, manifest, next((weights for p, _, weights in news if p == peer), None))
             self._due.remove(peer)
@@ -289,6 +290,7 @@ class Codistiller:
                 "training goes on without it until its next one"
             )
             return
+        assert model is not None, "all ranks are well"
         if group.is_grouped():
             for tensor in tensors_of(model).values():
                 dist.broadcast(tensor, src=0)
@@ -304,7 +306,27 @@ class Codistiller:
             load(model, weights)
         return model
 
-    # Small questions.
+    # Small questions. The first four are for what is there from the first update on.
+
+    @property
+    def _shared(self) -> Exchange:
+        assert self.exchange is not None, "without peers nothing is exchanged"
+        return self.exchange
+
+    @property
+    def _model(self) -> nn.Module:
+        assert self._trained is not None, "begin_epoch comes first"
+        return self._trained
+
+    @property
+    def _background(self) -> BackgroundExchange:
+        assert self._moves is not None, "rank 0 alone moves snapshots, from its first update on"
+        return self._moves
+
+    @property
+    def _barrier(self) -> Barrier:
+        assert self._waits is not None, "the first update comes first"
+        return self._waits
 
     def _asked_for_seconds(self) -> float:
         """Copying weights, and waiting where that was asked for: not counted as visible."""

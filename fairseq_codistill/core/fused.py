@@ -116,7 +116,7 @@ class _Run:
         self.dropped = weight_VC.new_zeros(peers, dtype=torch.long)
         self.to_features: List[Tensor] = []
         self.to_weight_VC = torch.zeros_like(weight_VC, dtype=self.wide) if needed[1] else None
-        self.to_bias_V = torch.zeros_like(bias_V, dtype=self.wide) if needed[2] else None
+        self.to_bias_V = torch.zeros_like(bias_V, dtype=self.wide) if needed[2] and bias_V is not None else None
 
     def chunk(self, features_nC: Tensor, target_n: Tensor, peers) -> None:
         own = _OwnLogits(F.linear(features_nC, self.weight_VC, self.bias_V).to(self.wide))
@@ -210,6 +210,7 @@ def _distance(
         dropped.append(bad_n)
         total = _plus(total, both)
         del teacher_nV, both
+    assert total is not None, "a distance needs at least one peer"
     count = len(dropped)
     return total[0] / count, total[1].mul_(factor / count)
 
@@ -242,6 +243,7 @@ def _to_mean(
         guard.zeroed(dropped[-1], teacher_nV)
         mean_nV = teacher_nV if mean_nV is None else mean_nV.add_(teacher_nV)
         del teacher_nV
+    assert mean_nV is not None, "a distance needs at least one peer"
     compare = _CLOSED[name][1]
     value_n, gradient_nV, bad_n = _usable(name, own, *compare(own, usable.mean(mean_nV), temperature))
     dropped[:] = [mask_n | bad_n for mask_n in dropped]

@@ -92,12 +92,14 @@ class Usable:
     def mean(self, sum_NV: Tensor) -> Tensor:
         """Of what good peers summed up to: in place. 0 where no peer is good."""
         sum_NV.div_(self.count)
+        assert self.bad_N is not None, "no peer was added"
         if sum_NV.is_cuda or self.bad_N.any():
             sum_NV.mul_((self.count / (self.count - self.bad_N).clamp_min(1)).to(sum_NV.dtype).unsqueeze(-1))
         return sum_NV
 
     def weigh(self, rows: Tensor) -> Tensor:
         """D or its gradient, to their mean, in place: a dropped peer adds 0 to the mean over all, as in `pairwise`."""
+        assert self.bad_N is not None, "no peer was added"
         if rows.is_cuda or self.bad_N.any():
             share_N = ((self.count - self.bad_N) / self.count).to(rows.dtype)
             rows.mul_(share_N.view(-1, *[1] * (rows.dim() - 1)))

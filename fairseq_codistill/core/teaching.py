@@ -42,7 +42,7 @@ class Teaching:
 
     def of(self, part: str) -> Teaching:
         """The same teaching by the sub-models `peer.models[part]`: one language pair of a multilingual model."""
-        return Teaching(self.alpha, [peer.models[part] for peer in self.peers], self.staleness, self.names)
+        return Teaching(self.alpha, [_part_of(peer, part) for peer in self.peers], self.staleness, self.names)
 
 
 @dataclass
@@ -87,6 +87,10 @@ class Teachers:
 
     def _is_fresh(self, held: Held, update: int) -> bool:
         return self.max_staleness is None or update - held.update <= self.max_staleness
+
+
+def _part_of(peer: Any, part: str) -> nn.Module:
+    return peer.models[part]
 
 
 def _cast(value: Any, dtype: Optional[torch.dtype]) -> Any:

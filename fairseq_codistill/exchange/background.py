@@ -180,9 +180,9 @@ class BackgroundExchange:
             self.totals.copy_s += time.perf_counter() - start
         self._began = time.monotonic()
         publishing = self._publisher.do(self._publish, copied, update, needed_from, facts)
-        error = publishing.exception() if publishing.done() else None
-        if error is not None:
-            self._warn_of_failure(update, error)
+        failure = publishing.exception() if publishing.done() else None
+        if failure is not None:
+            self._warn_of_failure(update, failure)
             return False
         if not self.in_background:
             self.drain(self.limit)

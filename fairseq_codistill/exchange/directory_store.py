@@ -13,7 +13,7 @@ import os
 import secrets
 import stat
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 from . import lock_file
 from .manifest import BadSnapshot
@@ -65,7 +65,7 @@ class DirectoryStore:
         self.root = os.path.abspath(root)
         self._claims: Dict[str, _Claim] = {}
 
-    def read(self, name: str, limit: int) -> Optional[bytes]:
+    def read(self, name: str, limit: int) -> Union[bytes, bytearray, None]:
         for _ in range(_STALE_TRIES):
             try:
                 return self._read(name, limit)

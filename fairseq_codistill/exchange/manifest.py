@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, Optional
 
 FORMAT = 1
+Bytes = bytes  # since a manifest has a field of that name
 STATES = ("waiting", "training", "ended", "stopped")
 MANIFEST_LIMIT = 1 << 20  # bytes; a manifest is small, and is read before anything is known of its writer
 _FILE_NAME = re.compile(r"u\d{9}\.safetensors", re.ASCII)
@@ -49,11 +50,11 @@ class Manifest:
     run: Optional[str] = None
     structure: Dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def to_json(self) -> bytes:
+    def to_json(self) -> Bytes:
         return sealed(dataclasses.asdict(self))
 
     @staticmethod
-    def from_json(data: bytes) -> Manifest:
+    def from_json(data: Bytes) -> Manifest:
         """Raises BadSnapshot unless every field is there, of its type, and in its range."""
         manifest = Manifest(**_fields_of(data, Manifest, _CHECKS, "manifest"))
         if manifest.file != file_name(manifest.update):
@@ -115,7 +116,7 @@ def _count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _number(value: object) -> bool:
+def _number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
 
 

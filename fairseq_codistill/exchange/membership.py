@@ -40,15 +40,20 @@ class Membership:
         self.start_id = secrets.token_hex(8)  # of this start of the process
         self.taken: Optional[str] = None  # which process has taken this peer's index
         self._sleep, self._restarted = sleep, restarted
-        self._own: Optional[Run] = None  # what this peer was started with
+        self._joined: Optional[Run] = None  # what this peer was started with
         self._claimed = False
         self._changed = False  # whether this peer has changed what the run agrees on
         self._before: Optional[str] = None  # the process that had this index before
         self._state: Optional[str] = None  # as of the last heartbeat
 
+    @property
+    def _own(self) -> Run:
+        assert self._joined is not None, "join comes first"
+        return self._joined
+
     def join(self, run: Run) -> None:
         """Agree on `run`, and claim this peer's index. Raises ValueError, in one sentence; OSError."""
-        self._own = run
+        self._joined = run
         self._agree()
         locked = self.store.claim(self.folder)
         self._claimed = True
@@ -72,7 +77,7 @@ class Membership:
 
     def begin(self) -> None:
         """Training begins: is it still the run that was joined? Raises ValueError."""
-        theirs = self._read_run() if self._own is not None else None
+        theirs = self._read_run() if self._joined is not None else None
         if theirs is not None:
             label = other_making(self._own, theirs) or other_setting(self._own, theirs)
             if label is not None:
@@ -82,7 +87,7 @@ class Membership:
 
     def is_new_run(self, past: Optional[Manifest]) -> bool:
         """Whether this peer, at update 0, begins another run: it has a past here, or has changed the run, and nobody trains."""
-        if self._own is None or self._restarted or (past is None and not self._changed):
+        if self._joined is None or self._restarted or (past is None and not self._changed):
             return False
         if past is not None and None not in (past.run, self.run_id) and past.run != self.run_id:
             return False  # somebody has begun it already
@@ -98,13 +103,13 @@ class Membership:
 
     def follow(self) -> None:
         """Follow whoever has begun a new run."""
-        theirs = self._read_run() if self._own is not None else None
+        theirs = self._read_run() if self._joined is not None else None
         self.run_id = theirs.id if theirs is not None and theirs.id is not None else self.run_id
 
     def check_index(self) -> None:
         """Raises IndexTaken where another process has this peer's index: it took this one for dead while it was paused, and
         there were no locks to show otherwise."""
-        if self._own is None:
+        if self._joined is None:
             return
         found = None if self.taken else self._heartbeat_or_none()
         if found is not None and found.start_id not in (self.start_id, self._before):
@@ -119,7 +124,7 @@ class Membership:
         """Write the heartbeat. Raises OSError, IndexTaken."""
         self.check_index()
         self.follow()
-        told = replace(heartbeat, start_id=self.start_id, run=self.run_id, seed=self._own.seed if self._own else None)
+        told = replace(heartbeat, start_id=self.start_id, run=self.run_id, seed=self._joined.seed if self._joined else None)
         self.store.write(f"{self.folder}/alive.json", told.to_json())
         self._state = heartbeat.state
 

@@ -109,7 +109,7 @@ class Buffer:
         self.dtype = self._layout.dtype
         self._on_gpu = any(tensor.is_cuda for tensor in expected.values())
         self._file = torch.empty(self._layout.bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
-        self.data = memoryview(self._file.numpy())
+        self.data = memoryview(self._file.numpy())  # type: ignore[arg-type]
         self.data[: len(self._layout.head)] = self._layout.head
         self._views = self._layout.views(self._file)
 

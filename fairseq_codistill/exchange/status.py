@@ -95,7 +95,7 @@ def in_words(row: Row) -> str:
     told = [f"peer {row.peer} {row.state}"]
     if row.update is not None:
         told.append(f"update {row.update}")
-    if row.state in LIVE_STATES and row.heartbeat.speed is not None:
+    if row.state in LIVE_STATES and row.heartbeat is not None and row.heartbeat.speed is not None:
         told.append(f"{row.heartbeat.speed:.3g} updates/s")
     # By the local clock only: what another machine's says may be a day off.
     if row.state in (*LIVE_STATES, "silent") and row.heartbeat_age.local:

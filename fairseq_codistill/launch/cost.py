@@ -37,7 +37,7 @@ _HEADER_LIMIT = 1 << 26  # bytes of a snapshot's header
 class Weights(NamedTuple):
     """How many, and who says so."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     source: str
 
 

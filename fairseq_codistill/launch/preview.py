@@ -33,7 +33,9 @@ def check(plan: Plan, environ: Mapping[str, str]) -> None:
                 "did you forget to prepare it, or are you in another folder?"
             )
     exchange = exchange_of(plan.peers[0], environ)
-    for look in range(_RUN_LOOKS) if exchange else ():
+    if not exchange:
+        return
+    for look in range(_RUN_LOOKS):
         try:
             read_run(open_store(exchange))
             return

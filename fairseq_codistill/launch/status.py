@@ -41,7 +41,7 @@ def age_text(age: Age) -> str:
 
 def _update(row: Row) -> str:
     updates = row.heartbeat.updates if row.heartbeat else None
-    share = f" ({row.update / updates:.0%})" if updates and row.update <= updates else ""
+    share = f" ({row.update / updates:.0%})" if updates and row.update is not None and row.update <= updates else ""
     return f"{text_of(row.update)}/{updates}{share}" if updates is not None else text_of(row.update)
 
 
@@ -58,7 +58,7 @@ def _teachers_cell(row: Row, most: int = 3) -> str:
     """Its teachers, the update held of each, and how far that is from its own."""
 
     def one(teacher: int, held: int) -> str:
-        behind = row.update - held
+        behind = (row.update or 0) - held
         return f"{teacher} at {held} ({abs(behind)} {'old' if behind >= 0 else 'ahead'})"
 
     told = [one(*item) for item in row.teachers.items()]
@@ -188,8 +188,9 @@ def _show(reader: StatusReader, options: argparse.Namespace) -> None:
 
     is_live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     # In a pipe or a file a row is a line, however long.
-    width = {} if sys.stdout.isatty() else {"width": 1000}
-    console = Console(highlight=False, **width, **({} if is_live else {"force_terminal": False, "color_system": None}))
+    settings: dict[str, Any] = {} if sys.stdout.isatty() else {"width": 1000}
+    settings.update({} if is_live else {"force_terminal": False, "color_system": None})
+    console = Console(highlight=False, **settings)
     live = Live(console=console, auto_refresh=False) if is_live and options.watch and not options.json else None
     with live or contextlib.nullcontext():
         while True:

@@ -114,7 +114,7 @@ class Supervisor:
             peer.start()
         except (ValueError, OSError) as error:
             peer.refuse()
-            self.first_failure = self.first_failure or peer.status
+            self.first_failure = self.first_failure or peer.status or 0
             self._tell(f"{peer.name} is not started: {error}", is_error=True)
         return peer.status is None
 
@@ -184,14 +184,14 @@ class Supervisor:
             self._tell("\n".join(report), is_error=True)
             self._start(peer)
             return
-        self.first_failure = self.first_failure or peer.status
+        self.first_failure = self.first_failure or peer.status or 0
         others = "; the other peers go on" if any(other.status is None for other in self.peers) else ""
         report.append(f"{peer.name} is not started again{others}. Log: {peer.plan.log}")
         self._tell("\n".join(report), is_error=True)
 
     def _report(self, peer: Peer) -> list[str]:
         """Why it failed; a sentence that has been told of one peer is not repeated for the next."""
-        status = f"exit status {peer.status}{_signal_name(peer.status)}"
+        status = f"exit status {peer.status}{_signal_name(peer.status or 0)}"
         head = f"{peer.name} failed with {status} after {duration(peer.seconds)}, at update {text_of(peer.progress.update)}"
         sentence, lines = launch_error.reason(peer.plan.log)
         same = launch_error.same_for_all(sentence)

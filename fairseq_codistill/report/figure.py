@@ -37,14 +37,16 @@ def draw(report: Report, path: Path) -> None:
     across = 1 if len(panels) < 3 else 2
     legend_rows = math.ceil(len(methods) / 5)
     figure = Figure(figsize=(12, 5 + 0.25 * legend_rows), dpi=100, layout="constrained")
-    left, right = figure.add_gridspec(1, 2, width_ratios=(5, 2 + 2 * across))
+    grid = figure.add_gridspec(1, 2, width_ratios=(5, 2 + 2 * across))
+    left, right = grid[0], grid[1]
     _panel(figure.add_subplot(left), methods, "valid NLL (bits per token)", TrainLog.valid_nll, size=10)
     small = right.subgridspec(max(1, math.ceil(len(panels) / across)), across)
     for number, (name, curve) in enumerate(panels):
         _panel(figure.add_subplot(small[number // across, number % across]), methods, name, curve, size=8)
     # matplotlib leaves out of a legend what begins with a "_".
     labels = [" " * method.label.startswith("_") + method.label for method in methods]
-    handles = [Line2D([], [], label=label, linewidth=2, **look(n)) for n, label in enumerate(labels)]
+    looks: list[dict[str, Any]] = [{**look(number)} for number in range(len(labels))]
+    handles = [Line2D([], [], label=label, linewidth=2, **looks[n]) for n, label in enumerate(labels)]
     in_a_row = math.ceil(len(methods) / legend_rows)
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=in_a_row, frameon=False)
     for text in (*legend.get_texts(), figure.suptitle(report.title, fontsize=12)):

@@ -62,7 +62,11 @@ class CodistillConfig(FairseqDataclass):
         "α never grows above this; inf: no limit (default: 10/3 of --codistill-alpha for the exponential schedule, so 1 for "
         "ce; no growth for uniform and unigram; no limit for the other schedules)",
     )
-    codistill_burn_in: int = _option(0, "updates before which α is 0 and no peer is run")
+    codistill_burn_in: Optional[int] = _option(
+        None,
+        "updates before which α is 0 and no peer is run (default: with peers a fifth of --max-update, at most 10000, or 2000 "
+        "where that is not given; else 0)",
+    )
     codistill_topology: str = _option("all", "whom I learn from: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
     codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(
         "pairwise", "pairwise: mean of the distances; mean: distance to the peers' mean prediction"
@@ -119,7 +123,7 @@ def read_environment(cfg: CodistillConfig) -> CodistillConfig:
 
 
 def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
-    """Fill α, its limit and the interval, whose defaults depend on other options. `cfg`: checked already."""
+    """Fill α, its limit, the interval and the burn-in, whose defaults depend on other options. `cfg`: checked already."""
     name = str(cfg.codistill_loss)
     if cfg.codistill_alpha is None:
         cfg.codistill_alpha = CONTROLS[name] if name in CONTROLS else DISTANCES[name].alpha
@@ -128,6 +132,8 @@ def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
     if cfg.codistill_interval is None:
         updates = cfg.max_update or 0
         cfg.codistill_interval = min(_INTERVAL, max(1, updates // _EXCHANGES)) if updates > 0 else _INTERVAL_OF_UNKNOWN
+    if cfg.codistill_burn_in is None:
+        cfg.codistill_burn_in = _burn_in(cfg)
     return cfg
 
 
@@ -135,6 +141,16 @@ def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
 _GROWTH = 10 / 3
 # The papers' translation runs exchange every 2500 updates; a shorter training must still exchange often enough to learn.
 _INTERVAL, _EXCHANGES, _INTERVAL_OF_UNKNOWN = 2500, 20, 500
+# Peers that know little yet hold each other back, and the models lag behind training alone for the next fifth of the run.
+_BURN_IN_SHARE, _BURN_IN, _BURN_IN_OF_UNKNOWN = 5, 10_000, 2000
+
+
+def _burn_in(cfg: CodistillConfig) -> int:
+    """Of peers. Teachers in files are trained already, and the smoothing controls know nothing at any time."""
+    if cfg.codistill_teacher is not None or str(cfg.codistill_loss) in CONTROLS:
+        return 0
+    updates = cfg.max_update or 0
+    return min(_BURN_IN, updates // _BURN_IN_SHARE) if updates > 0 else _BURN_IN_OF_UNKNOWN
 
 
 def is_restart() -> bool:

@@ -36,7 +36,8 @@ class Part(NamedTuple):
 def parts(results: Path, work: Path, data: Optional[Path], minutes: float) -> List[Part]:
     """Tests first, then what is timed, while nothing else runs; the training gets what is left of `minutes`."""
     python = [sys.executable]
-    tests = python + ["-m", "pytest", "-q", "-n", "4", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5", str(ROOT / "tests")]
+    files = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_fused.py")]
+    tests = python + ["-m", "pytest", "-q", "-n", "4", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5", *files]
     found = [Part("tests", tests, 6)]
     for setting, methods in (("transformer_base", STEP), ("transformer_big", STEP), ("resnet50", STEP_OF_IMAGES)):
         name = f"step_{setting}"

@@ -57,7 +57,7 @@ def train(data: Path, out: Path, args: argparse.Namespace) -> None:
     words += ["--optimizer", "adam", "--lr", 1e-4, "--max-tokens", args.tokens, "--max-update", updates, "--num-workers", 0]
     words += ["--required-batch-size-multiple", 1, "--log-format", "json", "--log-interval", 50, "--disable-validation"]
     words += ["--criterion", "codistill_ce", "--codistill-loss", "ce", "--codistill-alpha-schedule", "constant"]
-    words += ["--codistill-interval", args.interval, "--codistill-wait", 120, "--codistill-burn-in", 0]
+    words += ["--codistill-interval", args.interval, "--codistill-wait", 120]
     run(words, out / "launch.log", ALTERNATING_TIMES=str(out), PYTHONPATH=str(ROOT))
 
 

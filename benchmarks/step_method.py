@@ -67,9 +67,9 @@ SETTINGS: Dict[str, Setting] = {
         "--decoder-out-embed-dim 256 --decoder-layers 1 --tokens-per-sample 64 --dropout 0.1",
         language_model=True,
     ),
-    "transformer_base": Setting(_transformer(512, 6, 2048, 8) + " --bf16", 32_768, 8000, 60, needs_gpu=True),
-    "transformer_big": Setting(_transformer(1024, 6, 4096, 16) + " --bf16", 32_768, 8000, 60, needs_gpu=True),
-    "resnet50": Setting(image_words("resnet50", 224) + " --bf16", 1000, 256, needs_gpu=True, image_size=224),
+    "transformer_base": Setting(_transformer(512, 6, 2048, 8) + " --fp16", 32_768, 8000, 60, needs_gpu=True),
+    "transformer_big": Setting(_transformer(1024, 6, 4096, 16) + " --fp16", 32_768, 8000, 60, needs_gpu=True),
+    "resnet50": Setting(image_words("resnet50", 224) + " --fp16", 1000, 256, needs_gpu=True, image_size=224),
 }
 
 

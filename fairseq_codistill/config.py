@@ -62,6 +62,11 @@ class CodistillConfig(FairseqDataclass):
         "α never grows above this; inf: no limit (default: 10/3 of --codistill-alpha for the exponential schedule, so 1 for "
         "ce; no growth for uniform and unigram; no limit for the other schedules)",
     )
+    codistill_alpha_warmup_epochs: Optional[int] = _option(
+        None,
+        "epochs over which α grows in from 0, so that nobody teaches in the first: what is seen for the first time cannot be "
+        "over-fitted (default: 4 for peers and the exponential schedule, else 0)",
+    )
     codistill_burn_in: int = _option(0, "updates before which α is 0 and no peer is run")
     codistill_topology: str = _option("all", "topology: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
     codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(  # type: ignore[valid-type]
@@ -125,7 +130,7 @@ def peers_of(cfg: CodistillConfig) -> Tuple[int, int]:
 
 
 def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
-    """Fill α, its limit and the interval, whose defaults depend on other options. `cfg`: checked already."""
+    """Fill α, its limit, its warm-up and the interval, whose defaults depend on other options. `cfg`: checked already."""
     name = str(cfg.codistill_loss)
     if cfg.codistill_alpha is None:
         cfg.codistill_alpha = CONTROLS[name] if name in CONTROLS else DISTANCES[name].alpha
@@ -134,6 +139,11 @@ def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
     if cfg.codistill_interval is None:
         updates = cfg.max_update or 0
         cfg.codistill_interval = min(_INTERVAL, max(1, updates // _EXCHANGES)) if updates > 0 else _INTERVAL_OF_UNKNOWN
+    if cfg.codistill_alpha_warmup_epochs is None:
+        # Teachers in files are trained already, and the smoothing controls know as much as they ever will.
+        by_peers = cfg.codistill_teacher is None and name not in CONTROLS
+        grows = by_peers and str(cfg.codistill_alpha_schedule) == "exponential"
+        cfg.codistill_alpha_warmup_epochs = _WARMUP_EPOCHS if grows else 0
     return cfg
 
 
@@ -141,6 +151,8 @@ def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
 _GROWTH = 10 / 3
 # The papers' translation runs exchange every 2500 updates; a shorter training must still exchange often enough to learn.
 _INTERVAL, _EXCHANGES, _INTERVAL_OF_UNKNOWN = 2500, 20, 500
+# Peers that know little yet hold each other back, and a model that has seen its data less than once over-fits nothing.
+_WARMUP_EPOCHS = 4
 
 
 def is_restart() -> bool:
@@ -203,6 +215,7 @@ _RULES = (
     ("codistill_gamma", _finite(lambda v: v >= 0), "a finite number, not negative"),
     ("codistill_alpha_step", _finite(lambda v: True), "a finite number"),
     ("codistill_alpha_max", lambda v: v >= 0, "a number, not negative (inf: no limit)"),
+    ("codistill_alpha_warmup_epochs", lambda v: v >= 0, "a number of epochs, not negative"),
     ("codistill_burn_in", lambda v: v >= 0, "a number of updates, not negative"),
     ("codistill_wait", _finite(lambda v: v >= 0), "a finite number of seconds, not negative"),
     ("codistill_max_staleness", lambda v: v >= 1, "at least 1 update"),

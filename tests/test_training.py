@@ -97,6 +97,19 @@ def test_two_peers_teach_each_other_and_the_checkpoint_is_plain(data, tmp_path, 
     assert f"| nll_loss {nll:g} |" in validated, validated[-2000:]
 
 
+def test_by_default_the_first_epoch_is_cross_entropy_to_the_bit(data, tmp_path):
+    """What is seen for the first time cannot be over-fitted: α grows in, by a quarter in each epoch from the second on."""
+    run = "--max-epoch 3 --seed 1"
+    alone = Job(train_words(data, tmp_path / "alone", "--criterion cross_entropy", run))
+    options = f"--criterion codistill_ce --codistill-interval 2 --codistill-sync --codistill-wait 120 {run}"
+    ours = [job.finish() for job in start_peers(data, tmp_path, options)][0]
+    valid, plain = (column(log, "valid", "valid_loss") for log in (ours, alone.finish()))
+    assert len(valid) == 3 and valid[0] == plain[0] and valid[1] != plain[1]
+    alphas = {row["epoch"]: row["codistill_alpha"] for row in rows(ours, "train_inner") if row.get("codistill_alpha")}
+    assert alphas == pytest.approx({2: 0.3 * 1.1 / 4, 3: 0.3 * 1.21 / 2}, abs=1e-3)
+    assert "α is 0 in epoch 1 and grows in until epoch 5" in ours
+
+
 def test_its_nll_is_that_of_cross_entropy(data, tmp_path):
     """The checkpoint of a codistilled peer goes on under cross_entropy, with a step of length 0: it has the loss that was
     logged (fairseq-validate would take the checkpoint's own criterion)."""

@@ -185,6 +185,11 @@ class Codistiller:
                     f"codistillation: --codistill-{name} is {value}, which is not below --max-update {updates}, so this "
                     f"peer will learn nothing from the others; it must be far below, such as {max(1, updates // 10)}"
                 )
+        if self.schedule.warmup:
+            logger.info(
+                f"codistillation: α is 0 in epoch 1 and grows in until epoch {self.schedule.warmup + 1} "
+                "(--codistill-alpha-warmup-epochs; 0: peers teach from the first exchange on)"
+            )
         with contextlib.suppress(Exception):  # an older version's manifest, or one that was tampered with
             change = self.schedule.change_from(past.options, self.epoch, update) if past is not None else None
             if past is not None and change is not None:

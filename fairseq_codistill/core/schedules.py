@@ -55,11 +55,17 @@ def alpha_at(
     milestones: Sequence[float] = (),
     maximum: Optional[float] = None,
     burn_in: int = 0,
+    warmup: int = 0,
 ) -> float:
-    """α for this epoch and update: 0 before update `burn_in` (Anil et al., Algorithm 1), never above `maximum`."""
+    """α for this epoch and update: 0 before update `burn_in` (Anil et al., Algorithm 1), never above `maximum`.
+
+    It grows in over the first `warmup` epochs, being multiplied by (epoch − 1) / warmup at most 1. With 4: 0 in epoch 1, a
+    quarter in epoch 2, three quarters in epoch 4, all of it from epoch 5 on.
+    """
     if update < burn_in:
         return 0.0
     value = ALPHA_SCHEDULES[schedule](epoch, alpha=alpha, gamma=gamma, step=step, milestones=milestones)
+    value *= min(1.0, (epoch - 1) / warmup) if warmup else 1.0
     return value if maximum is None else min(value, maximum)
 
 
@@ -74,11 +80,12 @@ class AlphaSchedule:
     milestones: Sequence[float] = ()
     maximum: Optional[float] = None
     burn_in: int = 0
+    warmup: int = 0
 
     def at(self, epoch: int, update: int) -> float:
         return alpha_at(
             self.name, epoch, update, alpha=self.alpha, gamma=self.gamma, step=self.step,
-            milestones=self.milestones, maximum=self.maximum, burn_in=self.burn_in,
+            milestones=self.milestones, maximum=self.maximum, burn_in=self.burn_in, warmup=self.warmup,
         )  # fmt: skip
 
     def options(self) -> Dict[str, Any]:
@@ -102,6 +109,7 @@ class AlphaSchedule:
 _OPTIONS = {
     "name": "codistill_alpha_schedule", "alpha": "codistill_alpha", "gamma": "codistill_gamma", "step": "codistill_alpha_step",
     "milestones": "codistill_milestones", "maximum": "codistill_alpha_max", "burn_in": "codistill_burn_in",
+    "warmup": "codistill_alpha_warmup_epochs",
 }  # fmt: skip
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from typing import List, NamedTuple, Sequence, Tuple
 
-import communication_run
 import numpy as np
-import run_log
-from run_log import Life, Run
-from simulation import Scenario
-from simulation_peer import LATE_LOOKS, Peer, World
+
+from benchmarks import run_log
+from benchmarks.communication import logged
+from benchmarks.run_log import Life, Run
+from benchmarks.simulation.peer import LATE_LOOKS, Peer, World
+from benchmarks.simulation.scenario import Scenario
 
 CHANCES = 20  # replays: when in its period a peer looks at another is chance, and may decide a whole run
 
@@ -54,7 +55,7 @@ def comparisons(run: Run) -> List[Comparison]:
         peers = [peers[index] for peers in replays]
         predicted, measured = zip(*(_staleness(life, peer) for peer in peers))
         results.append(Comparison(index, "staleness", min(predicted), max(predicted), measured[0], life.interval / LATE_LOOKS))
-        sizes = communication_run.snapshot_bytes(life)
+        sizes = logged.snapshot_bytes(life)
         # The last snapshot of each teacher may be read or not.
         results.append(_bytes(index, "published", [peer.published for peer in peers], sizes, life, 0))
         results.append(_bytes(index, "read", [peer.read for peer in peers], sizes, life, len(peers[0].teachers)))
@@ -62,7 +63,7 @@ def comparisons(run: Run) -> List[Comparison]:
 
 
 def _bytes(peer: int, verb: str, snapshots: Sequence[int], sizes: Tuple[float, float], life: Life, unsure: int) -> Comparison:
-    measured, tolerance = life.totals[f"{verb}_bytes"], communication_run.TOLERANCE * life.totals[f"{verb}_bytes"]
+    measured, tolerance = life.totals[f"{verb}_bytes"], logged.TOLERANCE * life.totals[f"{verb}_bytes"]
     low, high = min(snapshots) * sizes[0], max(snapshots) * sizes[1]
     return Comparison(peer, f"bytes {verb}", low, high, measured, tolerance + unsure * sizes[1])
 

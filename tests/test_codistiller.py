@@ -1,14 +1,13 @@
 """Who teaches when: a codistiller alone, with peers in memory, in threads, and with the ranks of a group."""
 
 import dataclasses
-import multiprocessing
 import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from fairseq_runs import free_port
+from fairseq_runs import fork_server, free_port
 from test_background import Arrivals, Gate
 from torch import nn
 
@@ -593,7 +592,7 @@ def _rank_that_may_not_begin(rank, port, path, results):
 
 def of_ranks(target, path):
     """What `target` gives on each of two ranks."""
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     results, port = context.Queue(), free_port()
     ranks = [context.Process(target=target, args=(rank, port, str(path), results)) for rank in range(2)]
     [rank.start() for rank in ranks]

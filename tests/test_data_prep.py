@@ -799,6 +799,7 @@ def test_workers_end_with_a_killed_run(tmp_path):
     process.stdout.read()
 
 
+@pytest.mark.usefixtures("warm_scripts")
 @pytest.mark.parametrize("pieces, vocab", [("bpe", MERGES), ("sentencepiece", 120)])
 def test_from_download_to_training(pieces, vocab, published, tmp_path, capsys):
     options = ["--pieces", pieces, "--vocab", vocab, "--archives", tmp_path / "archives"]
@@ -825,7 +826,7 @@ def test_from_download_to_training(pieces, vocab, published, tmp_path, capsys):
     assert len(published.asked) == asked, "a second run asks nobody"
     assert run(capsys, IWSLT, out, *options, "--train-pairs", 9)[0] == 2, "other settings are refused"
 
-    train = [sys.executable, "-m", "fairseq_cli.train", str(out / "bin"), "--arch", "transformer_iwslt_de_en", "--cpu"]
+    train = ["fairseq-train", str(out / "bin"), "--arch", "transformer_iwslt_de_en", "--cpu"]
     train += "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16".split()
     train += "--encoder-ffn-embed-dim 16 --decoder-ffn-embed-dim 16 --share-all-embeddings --optimizer adam --lr 0.001".split()
     train += f"--max-tokens 200 --max-update 5 --save-dir {tmp_path / 'ckpt'} --no-progress-bar --no-save".split()

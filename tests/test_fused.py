@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from fairseq.distributed import ModuleProxyWrapper
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.utils import move_to_cuda
-from fairseq_runs import _FORK as FORK
-from fairseq_runs import CODISTILL, LOCKSTEP, Job, free_port, peer_environment, preprocess, taught, train_words
+from fairseq_runs import CODISTILL, LOCKSTEP, Job, fork_server, free_port, peer_environment, preprocess, taught, train_words
 from test_criterion import Setting
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -330,8 +329,9 @@ def test_torch_ddp_averages_the_gradients(data, setting, ranks, find_unused):
         pytest.skip("stock fairseq has parameters that it does not use")
     port, jobs = free_port(), []
     for rank in range(ranks):
-        reading, writing = FORK.Pipe(duplex=False)
-        jobs.append((FORK.Process(target=rank_gradients, args=(rank, ranks, port, find_unused, data, writing)), reading))
+        fork = fork_server()
+        reading, writing = fork.Pipe(duplex=False)
+        jobs.append((fork.Process(target=rank_gradients, args=(rank, ranks, port, find_unused, data, writing)), reading))
         jobs[-1][0].start()
         writing.close()
     averaged = [reading.recv() for _, reading in jobs]  # EOFError if a rank has died

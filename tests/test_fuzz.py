@@ -1,4 +1,4 @@
-"""Damaged and forged files against the code that reads them; the long form is benchmarks/fuzz_snapshots.py.
+"""Damaged and forged files against the code that reads them; the long form is tests/stress/fuzz_snapshots.py.
 
 CODISTILL_FUZZ_EXAMPLES sets how many examples there are (default 300).
 """
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from fairseq_codistill.exchange import snapshot
 from fairseq_codistill.exchange.manifest import BadSnapshot, Heartbeat, Manifest, file_name
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tests/stress"))
 import fuzz_damage  # noqa: E402
 import fuzz_judge  # noqa: E402
 import fuzz_snapshots  # noqa: E402
@@ -42,7 +42,7 @@ values = st.recursive(
 
 def test_damaged_and_forged_files_in_a_process_whose_memory_is_bounded():
     """Nothing that differs is believed, nothing crashes, hangs or takes memory; and the mutations reach every check."""
-    script = [sys.executable, str(ROOT / "benchmarks/fuzz_snapshots.py"), "--examples", str(EXAMPLES)]
+    script = [sys.executable, str(ROOT / "tests/stress/fuzz_snapshots.py"), "--examples", str(EXAMPLES)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(script, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-5000:]

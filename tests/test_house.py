@@ -217,6 +217,22 @@ def test_every_room_is_on_the_map_and_no_two_need_each_other():
         above = {name: below for name, below in above.items() if name not in lowest}
 
 
+def test_no_circles_among_the_benchmarks():
+    """And each folder can be imported from its own folder, `communication` and what all share."""
+    imports = {}
+    for path in (ROOT / "benchmarks").glob("*/*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        named = re.findall(r"^ *from (benchmarks[\w.]*) import (.+)", path.read_text(), re.MULTILINE)
+        imports[module] = {package for package, _ in named if package != "benchmarks"}
+        imports[module] |= {f"{package}.{name}" for package, names in named for name in re.findall(r"\w+", names)}
+        assert {name.split(".")[1] for name in imports[module]} <= {module.split(".")[1], "communication", "run_log"}, module
+    assert len(imports) > 10
+    while imports:
+        lowest = {module for module, below in imports.items() if not below & imports.keys()}
+        assert lowest, f"these import each other in a circle: {sorted(imports)}"
+        imports = {module: below for module, below in imports.items() if module not in lowest}
+
+
 def test_every_option_has_the_prefix():
     own = [field for field in dataclasses.fields(CodistillConfig) if not str(field.default).startswith("${")]
     names = {field.name for field in own} - {"_name", "label_smoothing"}  # which is refused

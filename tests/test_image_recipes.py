@@ -259,7 +259,7 @@ def test_a_runs_file_that_is_none(tmp_path, capsys, text, says):
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
+def swept(warm, tmp_path_factory):
     """Two runs of the digits' recipe with the real programs, very short; where they lie, and what was printed."""
     folder = tmp_path_factory.mktemp("sweep")
     write_digits(folder / "data")
@@ -269,6 +269,7 @@ def swept(tmp_path_factory):
     words = ["--recipe", ROOT / "recipes/digits", "--runs", folder / "runs.txt", "--data", folder / "data"]
     words += ["--out", folder / "runs", "--seeds", 1, "--jobs", 3, "--results", folder / "results"]
     environment = {"EPOCHS": "2", "FRACTION": "1", "VALIDATE": "12", "INTERVAL": "6", "PYTHONPATH": str(ROOT)}
+    environment["FAIRSEQ_TRAIN"] = str(warm / "fairseq-train")
 
     def sweep():
         return command(sys.executable, ROOT / "recipes/images/image_sweep.py", *words, environment=environment)

@@ -26,6 +26,7 @@ from fairseq_runs import checkpoint
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 RECIPE = RECIPES / "multi30k_en_de"
+pytestmark = pytest.mark.usefixtures("warm_scripts")
 METHODS = ("codistill", "all_reduce", "all_reduce_no_smoothing", "single", "rdrop", "rdrop_all_reduce")
 PIECES = 36
 
@@ -74,7 +75,7 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prepared(source, tmp_path_factory):
+def prepared(warm_scripts, source, tmp_path_factory):
     out = tmp_path_factory.mktemp("multi30k") / "data"
     assert prepare(out, source, "--train-pairs", "24") == 0
     return out
@@ -583,14 +584,14 @@ def test_sweep_stops_what_it_started(prepared, tmp_path):
 
 TINY = dict(LAYERS=1, WIDTH=16, FFN=16, HEADS=2, UPDATES=6, INTERVAL=2, VALIDATE=2, WARMUP=2, TOKENS=100)
 TINY.update(CPU=1, THREADS=1, TEST_SETS="test_2016_flickr:test", NLL_SETS="val:valid", PYTHONPATH=str(ROOT))
-PROGRAMS = dict(CODISTILL_LAUNCH="fairseq_codistill.launch", FAIRSEQ_TRAIN="fairseq_cli.train")
-PROGRAMS.update(FAIRSEQ_GENERATE="fairseq_cli.generate", SACREBLEU="sacrebleu")
+PROGRAMS = dict(CODISTILL_LAUNCH="fairseq_codistill.launch", SACREBLEU="sacrebleu")
 TINY.update({name: f"{sys.executable} -m {module}" for name, module in PROGRAMS.items()}, PYTHON=sys.executable)
+TINY.update(FAIRSEQ_TRAIN="fairseq-train", FAIRSEQ_GENERATE="fairseq-generate")
 
 
 @pytest.fixture(scope="module")
 def swept(prepared, tmp_path_factory):
-    """A sweep of two methods with the real programs, called as modules of this interpreter; its folder."""
+    """A sweep of two methods with the real programs; its folder."""
     out = tmp_path_factory.mktemp("sweep")
     (out / "runs.txt").write_text("single METHOD=single\ncodistill_ce METHOD=codistill DISTANCE=ce\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -670,7 +671,7 @@ def write_ted(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory):
+def scored(warm_scripts, tmp_path_factory):
     """iwslt14_de_en from published texts to scores.md, BLEU choosing the checkpoint: its data and its run."""
     folder = tmp_path_factory.mktemp("iwslt")
     options = ["--source", str(write_ted(folder / "texts")), "--out", str(folder / "data"), "--vocab", "30", "--jobs", "1"]

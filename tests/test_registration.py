@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fairseq_runs import _FORK, MODEL, PLUGIN, ROOT, TRAINING, Job, column
+from fairseq_runs import MODEL, PLUGIN, ROOT, TRAINING, Job, column, fork_server
 
 REGISTERED = """
 from fairseq import criterions, models, optim, tasks
@@ -214,7 +214,7 @@ def test_fairseq_first_then_its_checkpoints_load(data, tmp_path):
     words += f"--criterion codistill_ce --max-update 2 --user-dir {tmp_path}/own_plugin".split()
     log = Job([str(word) for word in words], {"PYTHONPATH": str(ROOT)}).finish()
     assert column(log, "train_inner", "num_updates") == [1, 2]
-    process = _FORK.Process(target=_fairseq_first, args=(tmp_path / "run/checkpoint_last.pt", REGISTERED))
+    process = fork_server().Process(target=_fairseq_first, args=(tmp_path / "run/checkpoint_last.pt", REGISTERED))
     process.start()
     process.join(120)
     assert process.exitcode == 0

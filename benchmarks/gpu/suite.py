@@ -41,10 +41,10 @@ def parts(results: Path, work: Path, data: Optional[Path], minutes: float) -> Li
     found = [Part("tests", tests, 6)]
     for setting, methods in (("transformer_base", STEP), ("transformer_big", STEP), ("resnet50", STEP_OF_IMAGES)):
         name = f"step_{setting}"
-        words = python + [str(ROOT / "benchmarks/step.py"), "--setting", setting, "--methods", *methods, "--rounds", "7"]
+        words = python + ["-m", "benchmarks.step.measure", "--setting", setting, "--methods", *methods, "--rounds", "7"]
         words += ["--out", str(results / f"{name}.json"), "--note", "make gpu"]
         found.append(Part(name, words, 2.5, f"{name}.md"))
-    words = python + [str(ROOT / "benchmarks/exchange_speed.py"), "--gpu", "--tokens", "2000", "--out", str(work / "exchange")]
+    words = python + ["-m", "benchmarks.exchange.speed", "--gpu", "--tokens", "2000", "--out", str(work / "exchange")]
     words += ["--interval", "50", "--pairs", "5", "--results", str(results / "exchange")]
     found.append(Part("exchange", words, 3, "exchange/results.txt"))
     if data:

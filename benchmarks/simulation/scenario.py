@@ -7,7 +7,7 @@ worker and update; a peer waits for its slowest worker. No worker is slow for ev
 step, its forward pass. Then comes an all_reduce inside the peer: a ring's bytes, 2 (w - 1)/w of the gradients, over links of
 `within_bytes_per_s`, and a double tree's 2 log₂ w hops (kinder to all_reduce than a ring's 2 (w - 1)); the backward pass
 hides as much of it as `hidden_share` of a step.
-Exchange, as `codistiller` and `background` do it. A snapshot every `interval` updates: copying it holds the training thread,
+Exchange, as the package does it. A snapshot every `interval` updates: copying it holds the training thread,
 the rest is in the background, and with one publish in flight the next is skipped. A thread for each teacher looks 50
 times an interval (every 0.1 to 10 s) and reads the newest that it finds. The exchange takes what has been read; for
 teachers that had nothing new it looks again every interval/10 updates. Taking copies the weights and broadcasts them
@@ -26,13 +26,10 @@ Not modelled: memory, validation, contention between all_reduce and store, and h
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any, Dict, List
+from dataclasses import dataclass, field
+from typing import Any, List
 
-import numpy as np
-from simulation_peer import World
-
-PARAMETERS = 209_911_808  # Transformer-big, as communication.py counts it
+PARAMETERS = 209_911_808  # Transformer-big, as benchmarks.communication counts it
 
 
 def option(default: Any, help: str) -> Any:
@@ -98,37 +95,3 @@ STORES = {
         "total_bytes_per_s": math.inf, "client_bytes_per_s": 1e9, "transfer_bytes_per_s": 90e6, "latency_s": 0.1,
     },
 }  # fmt: skip
-
-
-def big_group(scenario: Scenario) -> Scenario:
-    """The same workers as one synchronous group, which all-reduces over all of them."""
-    slowest = min(scenario.within_bytes_per_s, scenario.between_bytes_per_s)
-    workers = scenario.peers * scenario.workers
-    return replace(scenario, peers=1, workers=workers, within_bytes_per_s=slowest, start_spread_s=0.0)
-
-
-def outcome(scenario: Scenario) -> Dict[str, float]:
-    """What became of a scenario: staleness in updates, seconds, bytes per second; and the big group's pace."""
-    world = World(scenario)
-    peers = world.run()
-    ages = np.concatenate([part for peer in peers for part in peer.ages] or [np.empty(0)])
-    seconds = [peer.end_s - peer.start_s for peer in peers]
-    alone = World(big_group(scenario)).run()[0]
-    pace = float(np.mean([scenario.updates / s for s in seconds]))
-    group = scenario.updates / (alone.end_s - alone.start_s)
-    numbers = {
-        "staleness_mean": float(ages.mean()) if ages.size else math.nan,
-        "staleness_p95": float(np.percentile(ages, 95)) if ages.size else math.nan,
-        "without_teacher_share": sum(peer.alone for peer in peers) / (ages.size + sum(peer.alone for peer in peers)),
-        "stall_s_per_peer": float(np.mean([peer.stall_s for peer in peers])),
-        "stall_share": sum(peer.stall_s for peer in peers) / sum(seconds),
-        "store_bytes_per_s": world.store.moved / (max(peer.end_s for peer in peers) - min(peer.start_s for peer in peers)),
-        "published": sum(peer.published for peer in peers),
-        "skipped": sum(peer.skipped for peer in peers),
-        "read": sum(peer.read for peer in peers),
-        "failures": sum(peer.failures for peer in peers),
-        "updates_per_s": pace,
-        "big_group_updates_per_s": group,
-        "relative_pace": pace / group,
-    }
-    return {name: float(value) for name, value in numbers.items()}

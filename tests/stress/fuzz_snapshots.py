@@ -1,6 +1,6 @@
 """Thousands of damaged and forged snapshots, manifests and heartbeats against the code that reads them.
 
-    python benchmarks/fuzz_snapshots.py --examples 2200 --seed 1
+    python tests/stress/fuzz_snapshots.py --examples 2200 --seed 1
 
 Each example publishes a small model (as it is, in bf16, fp16, int8), mutates what lies in the store (`fuzz_mutations`), and
 reads it as a training peer and as `codistill-launch status` do. It passes when

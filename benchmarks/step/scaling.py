@@ -1,12 +1,12 @@
 """How the price of teachers grows: with their number, V, the batch, the share of updates that are taught, and the interval.
 
-    python benchmarks/step_scaling.py --out benchmarks/results/step \\
+    python -m benchmarks.step.scaling --out benchmarks/results/step \\
         --exchanges benchmarks/results/exchange_speed/interval_*/results.json
 
 Writes scaling.json, scaling.md and scaling.png. For each point a step with teachers and one without take turns, as in
-step.py, in one process. The floor is arithmetic's: of the multiplications of a plain step (forward, and twice that
+measure.py, in one process. The floor is arithmetic's: of the multiplications of a plain step (forward, and twice that
 backward) each teacher adds the forward's share, a third, and nothing else costs anything. What an exchange costs cannot be
-seen in one process: those points were measured by exchange_speed.py, against the same peers without exchanges.
+seen in one process: those points were measured by benchmarks.exchange.speed, against the same peers without exchanges.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
-import step  # sets the number of threads before torch is imported
-from step_method import SETTINGS, Method, Setting, Step, write_data
+from benchmarks.step import measure as step  # sets the number of threads before torch is imported
+from benchmarks.step.method import SETTINGS, Method, Setting, Step, write_data
 
 # What is varied, its values, and what is changed for a value.
 SWEEPS: Dict[str, Tuple[int, ...]] = {
@@ -65,7 +65,7 @@ def measure(sweep: str, value: int, rounds: int, folder: Path) -> Dict[str, floa
 
 
 def exchange_cost(file: Path) -> Dict[str, float]:
-    """A result of exchange_speed.py: its interval, step time with exchanges over that without, and the standard error."""
+    """A result of benchmarks.exchange: its interval, step time with exchanges over that without, and the standard error."""
     result = json.loads(file.read_text())
     values = [1 / speed for peer in result["ratios"] for speed in peer]
     error = statistics.stdev(values) / len(values) ** 0.5
@@ -128,7 +128,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for scaling.json, scaling.md and scaling.png")
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--exchanges", type=Path, nargs="+", default=[], metavar="FILE", help="of exchange_speed.py")
+    parser.add_argument("--exchanges", type=Path, nargs="+", default=[], metavar="FILE", help="of benchmarks.exchange.speed")
     parser.add_argument("--go-on", action="store_true", help="keep the points that are in --out already")
     args = parser.parse_args()
     step.quiet()

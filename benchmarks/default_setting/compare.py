@@ -1,6 +1,6 @@
 """Is the default setting ever worse than training alone? Valid NLL of `default` beside that of `alone`, at every validation.
 
-    python benchmarks/default_setting.py RUNS [RUNS …]
+    python -m benchmarks.default_setting.compare RUNS [RUNS …]
 
 RUNS/default/seedN and RUNS/alone/seedN are runs of one recipe's default.txt. `alone` are the same peers at α = 0, which is
 plain cross entropy to the bit: so each difference is between equal seeds. A run is the mean over its peers; NLL in bits.
@@ -87,7 +87,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         named = {str(folder): compare(folder) for folder in args.runs}
     except ReportError as error:
-        print(f"default_setting.py: {error}", file=sys.stderr)
+        print(f"compare.py: {error}", file=sys.stderr)
         return 2
     print("\n\n".join([table(named), *(curve_table(name, beside) for name, beside in named.items())]))
     return 0

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from typing import List, NamedTuple, Sequence, Tuple
 
-import communication_run
 import numpy as np
-import run_log
-from run_log import Attempt, Run
-from simulation import Scenario
-from simulation_peer import LATE_LOOKS, Peer, World
+
+from benchmarks import run_log
+from benchmarks.communication import logged
+from benchmarks.run_log import Attempt, Run
+from benchmarks.simulation.peer import LATE_LOOKS, Peer, World
+from benchmarks.simulation.scenario import Scenario
 
 CHANCES = 20  # replays: when in its period a peer looks at another is chance, and may decide a whole run
 
@@ -55,7 +56,7 @@ def comparisons(run: Run) -> List[Comparison]:
         predicted, measured = zip(*(_staleness(attempt, peer) for peer in peers))
         tolerance = attempt.interval / LATE_LOOKS
         results.append(Comparison(index, "staleness", min(predicted), max(predicted), measured[0], tolerance))
-        sizes = communication_run.snapshot_bytes(attempt)
+        sizes = logged.snapshot_bytes(attempt)
         # The last snapshot of each teacher may be read or not.
         results.append(_bytes(index, "published", [peer.published for peer in peers], sizes, attempt, 0))
         results.append(_bytes(index, "read", [peer.read for peer in peers], sizes, attempt, len(peers[0].teachers)))
@@ -65,7 +66,7 @@ def comparisons(run: Run) -> List[Comparison]:
 def _bytes(
     peer: int, verb: str, snapshots: Sequence[int], sizes: Tuple[float, float], attempt: Attempt, unsure: int
 ) -> Comparison:
-    measured, tolerance = attempt.totals[f"{verb}_bytes"], communication_run.TOLERANCE * attempt.totals[f"{verb}_bytes"]
+    measured, tolerance = attempt.totals[f"{verb}_bytes"], logged.TOLERANCE * attempt.totals[f"{verb}_bytes"]
     low, high = min(snapshots) * sizes[0], max(snapshots) * sizes[1]
     return Comparison(peer, f"bytes {verb}", low, high, measured, tolerance + unsure * sizes[1])
 

@@ -1,8 +1,8 @@
 """What does a teacher cost? Training steps with and without, in one process, taking turns, on the same batches.
 
-    python benchmarks/step.py                            the transformer of width 256 on two threads of a CPU
-    python benchmarks/step.py --setting lstm_lm --methods cross_entropy codistill_ce:2:ce codistill_ce:2:ce:bf16
-    python benchmarks/step.py --out benchmarks/results/step/NAME.json --note "what this measures"
+    python -m benchmarks.step.measure                            the transformer of width 256 on two threads of a CPU
+    python -m benchmarks.step.measure --setting lstm_lm --methods cross_entropy codistill_ce:2:ce codistill_ce:2:ce:bf16
+    python -m benchmarks.step.measure --out benchmarks/results/step/NAME.json --note "what this measures"
 
 Each round runs every method a few times, in an order that turns, after one step that is not counted: the allocator has
 to get used to a method again. A ratio is between neighbours of one round. Memory is measured afterwards, for each method
@@ -29,8 +29,10 @@ METHODS = ("cross_entropy", "codistill_ce:2:mse", "codistill_ce:2:ce", "codistil
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))  # before torch is imported
 
 import torch  # noqa: E402
-from step_method import PARTS, SETTINGS, Method, Setting, Step, write_data  # noqa: E402
 
+from benchmarks.step.method import PARTS, SETTINGS, Method, Setting, Step, write_data  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
 Seconds = Dict[str, float]
 
 
@@ -62,8 +64,9 @@ def ratios(rows: Dict[str, List[Seconds]], base: str) -> Dict[str, Dict[str, flo
 
 def memory(setting: str, method: str, data: Path, steps: int = 3) -> Dict[str, float]:
     """Megabytes, of a fresh process: resident after set-up, how much more the steps take at most, and peers' weights."""
-    command = [sys.executable, __file__, "--memory-of", method, "--setting", setting, "--data", data, "--rounds", steps]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.step.measure", "--memory-of", method, "--setting", setting]
+    command += ["--data", data.resolve(), "--rounds", steps]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {method} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,18 +1,17 @@
-"""The simulated peers: what each does, when, and what that costs it. The assumptions stand in `simulation`."""
+"""The simulated peers: what each does, when, and what that costs it. The assumptions stand in `scenario`."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set
 
 import numpy as np
 import simpy
 from scipy.special import ndtri
-from simulation_store import Store
 
-if TYPE_CHECKING:
-    from simulation import Scenario
+from benchmarks.simulation.scenario import Scenario
+from benchmarks.simulation.store import Store
 
 Seconds = Callable[[int, int, int], float]  # (peer, first update, end) -> seconds that these updates take
 # As in the background exchange and the codistiller.

@@ -1,4 +1,4 @@
-"""fairseq-train whose peers exchange in every second interval only, for exchange_speed.py; all other options are its own.
+"""fairseq-train whose peers exchange in every second interval only, for speed.py; all other options are its own.
 
 Appends to $ALTERNATING_TIMES/peer{i} one line for each update as it begins: its number, and seconds.
 """

@@ -1,6 +1,6 @@
 """Peers in a ring that are killed and started again, again and again: does each reach its last update, and learn as well?
 
-    python benchmarks/soak.py --out WORK --results benchmarks/results/soak
+    python tests/stress/soak.py --out WORK --results benchmarks/results/soak
 
 First an undisturbed run of codistill-launch, for the spread of the peers' valid losses; then the same peers, each killed by
 SIGKILL at random moments (it trains for --mean-life seconds, half as long to half as long again) and started again some
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from fairseq_codistill.common.fairseq_log import nll, parse_records
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def words(data: Path, save_dir: Path, args: argparse.Namespace) -> List[str]:

@@ -18,10 +18,9 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Dict, List, Optional, Sequence
 
-import model_size
-from model_size import Size
+from benchmarks.communication import logged, model_size
+from benchmarks.communication.model_size import BYTES, Size
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of one number; int8's scales add less than 1 %
 TOPOLOGIES = ("all", "ring")
 
 
@@ -191,9 +190,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     args = get_parser().parse_args(words)
     try:
         if args.run:
-            import communication_run
-
-            return communication_run.compare(args.run)
+            return logged.compare(args.run)
         sizes = _sizes(args)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -1,6 +1,6 @@
 """A training step as fairseq makes it, ready to be timed: real task, model, criterion, trainer; random sentences or images.
 
-A method is written as on the command line of step.py: `cross_entropy`, `rdrop`, or `codistill_ce:N`, optionally with the
+A method is written as on the command line of measure.py: `cross_entropy`, `rdrop`, or `codistill_ce:N`, optionally with the
 distance, the peers' precision and --codistill-every: `codistill_ce:2:mse:bf16:2`. Its peers are real replicas, which the
 codistiller holds just as it holds frozen teachers, so that it is taught from the start on and nothing is exchanged.
 """

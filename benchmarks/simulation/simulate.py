@@ -1,10 +1,10 @@
 """Simulate codistillation at sizes that no machine here has: one scenario, a sweep, or a check against a real run.
 
-    python benchmarks/simulate.py --peers 16 --workers 64 --store object_store
-    python benchmarks/simulate.py --sweep benchmarks/results/simulation
-    python benchmarks/simulate.py --validate RUN_DIR
+    python -m benchmarks.simulation.simulate --peers 16 --workers 64 --store object_store
+    python -m benchmarks.simulation.simulate --sweep benchmarks/results/simulation
+    python -m benchmarks.simulation.simulate --validate RUN_DIR
 
-What is assumed stands in `simulation.py`.
+What is assumed stands in `scenario.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from simulation import STORES, Scenario, outcome
+from benchmarks.simulation import figure, validate
+from benchmarks.simulation.outcome import outcome
+from benchmarks.simulation.scenario import STORES, Scenario
 
 Row = Dict[str, Any]
 PEERS = (2, 4, 8, 16, 32, 64)
@@ -81,8 +83,6 @@ def sweep(most: int, quick: bool = False) -> List[Row]:
 
 
 def write(rows: List[Row], folder: Path) -> None:
-    import simulation_figure
-
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "sweep.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -90,7 +90,7 @@ def write(rows: List[Row], folder: Path) -> None:
         table.writerows({name: _short(value) for name, value in row.items()} for row in rows)
     text = json.dumps([{name: _short(value) for name, value in row.items()} for row in rows], indent=1)
     (folder / "sweep.json").write_text(text + "\n", encoding="utf-8")
-    simulation_figure.draw(rows, folder / "figure.png")
+    figure.draw(rows, folder / "figure.png")
 
 
 def _short(value: Any) -> Any:
@@ -114,9 +114,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     args = get_parser().parse_args(words)
     try:
         if args.validate:
-            import simulation_validate
-
-            return simulation_validate.validate(args.validate)
+            return validate.validate(args.validate)
         if args.sweep:
             write(sweep(args.most_peers, args.quick), Path(args.sweep))
             return 0

@@ -1,7 +1,7 @@
 """How fast is data_prep? The usual script's steps with the usual tools, one process, against ours, on the same text.
 
-    python benchmarks/data_prep_speed.py [--pairs 40000] [--jobs 2] [--results benchmarks/results/data_prep_speed]
-    python benchmarks/data_prep_speed.py --input PREFIX        (your own text: PREFIX.de and PREFIX.en)
+    python -m benchmarks.data.prep_speed [--pairs 40000] [--jobs 2] [--results benchmarks/results/data_prep_speed]
+    python -m benchmarks.data.prep_speed --input PREFIX        (your own text: PREFIX.de and PREFIX.en)
 
 The steps are those of IWSLT'14: Moses tokenisation, cleaning, lower case, joint BPE learned and applied. The usual tools are
 sacremoses' command line and subword-nmt's two programs, one process each, and a loop for the cleaning; ours are data_prep's
@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "data_prep"))
 
 import grammar_corpus  # noqa: E402

@@ -1,6 +1,6 @@
 """SIGKILL at random moments while a peer publishes, 200 times: does a reader ever believe half a snapshot?
 
-    python benchmarks/kill_while_publishing.py --kills 200 --seed 1
+    python tests/stress/kill_while_publishing.py --kills 200 --seed 1
 
 A process publishes one snapshot after the other, every value of which is its update's number, and is killed, and started
 again, which resumes after what it had published. Meanwhile another process reads the newest snapshot as fast as it can.
@@ -26,7 +26,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Callable, Counter, List, Optional, Tuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import nn
 
@@ -233,7 +233,7 @@ def main() -> int:
     parser.add_argument("--dir", help="where the exchange is made (default: the system's place for temporary files)")
     options = parser.parse_args()
     # Processes are forked from one that has all this loaded, or each start would cost seconds.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "fairseq_codistill.exchange.exchange"])
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Is loading images the bottleneck? Images per second of the loader alone, of the model alone, and of both together.
 
-    python benchmarks/image_loading.py --out WORK --results benchmarks/results/image_loading
+    python -m benchmarks.data.image_loading --out WORK --results benchmarks/results/image_loading
 
 Two kinds of made-up images: photographs as large as ImageNet's (500 × 375, JPEG) with --augmentation imagenet, and 32 × 32
 PNG with --augmentation small. They go through the task's own dataset and fairseq's own iterator, with none or several workers;
@@ -24,11 +24,9 @@ from fairseq.data.iterators import EpochBatchIterator
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from fairseq_codistill.image.folder import ImageFolder, find_images  # noqa: E402
-from fairseq_codistill.image.models import ImageClassifierConfig, build_network  # noqa: E402
-from fairseq_codistill.image.transforms import Pipeline  # noqa: E402
+from fairseq_codistill.image.folder import ImageFolder, find_images
+from fairseq_codistill.image.models import ImageClassifierConfig, build_network
+from fairseq_codistill.image.transforms import Pipeline
 
 
 class Kind(NamedTuple):

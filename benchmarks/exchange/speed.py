@@ -1,6 +1,6 @@
 """Does an exchange show in the step time? Two peers exchange in every second interval, and keep their teacher in the others.
 
-    python benchmarks/exchange_speed.py --out WORK --results benchmarks/results/exchange_speed
+    python -m benchmarks.exchange.speed --out WORK --results benchmarks/results/exchange_speed
 
 Real fairseq-train processes, a core each, a transformer of the base size (about 60 million parameters). Each interval that
 begins with an exchange is compared with its two neighbours, which do all the same work but for the exchange. So a machine
@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import Dict, List
 
-import run_log
+from benchmarks import run_log
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PEERS = 2
 
 

@@ -1,4 +1,4 @@
-"""The formula of `communication` against the bytes that a real run logged.
+"""The formula of `bytes_per_update` against the bytes that a real run logged.
 
 A peer that makes U updates publishes at 0, N, 2N, … below U, and once more at U if it completes: ⌈U/N⌉ + 1 snapshots,
 less those that it skipped or that failed. A teacher's snapshot can be read if it has learnt something (not that of update
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import List, NamedTuple, Tuple
 
-import run_log
-from communication import BYTES
-from run_log import Attempt, Run
+from benchmarks import run_log
+from benchmarks.communication.model_size import BYTES
+from benchmarks.run_log import Attempt, Run
 
 TOLERANCE = 0.05
 

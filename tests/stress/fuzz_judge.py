@@ -15,7 +15,7 @@ from fuzz_damage import ALIVE, EARLIER, UPDATE, Files
 from fuzz_mutations import WIDTHS, take_apart
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from fairseq_codistill.exchange.exchange import Exchange
 from fairseq_codistill.exchange.manifest import MANIFEST_LIMIT, BadSnapshot, Heartbeat, Manifest
 from fairseq_codistill.exchange.snapshot import Buffer, Weights, fingerprint, size_limit, tensors_of

@@ -22,7 +22,7 @@ BENCHMARKS ?= benchmark-runs
 WORKERS ?= 2
 PYTEST := python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo test lint benchmark soak test-legacy clean FORCE
+.PHONY: help install demo test lint dist benchmark soak test-legacy clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo 'make demo         codistillation against its baselines on a corpus of our own: ten minutes on two cores'
 	@echo 'make test         the tests; TESTS=tests/test_losses.py runs some of them'
 	@echo 'make lint         ruff'
+	@echo 'make dist         source distribution and wheel, in dist/'
 	@echo 'make benchmark    what an exchange costs and saves, fuzzing, kills, steps: more than an hour on two idle cores'
 	@echo 'make soak         peers that are killed and started again for half an hour'
 	@echo 'make test-legacy  the tests with stock fairseq 0.12.2, where a Python 3.9 or 3.10 is found'
@@ -65,6 +66,11 @@ benchmark: install
 soak: install
 	rm -rf $(BENCHMARKS)/soak
 	$(IN_VENV) python benchmarks/soak.py --out $(BENCHMARKS)/soak --results benchmarks/results/soak
+
+# Source distribution and wheel, in $(DIST). No network: the setuptools of $(VENV) builds them.
+DIST ?= dist
+dist: install
+	$(IN_VENV) .ci/dist $(DIST)
 
 clean:
 	rm -rf .venv .venv-legacy demo $(BENCHMARKS)

@@ -1,10 +1,24 @@
 """Package fairseq-codistill: a fairseq --user-dir plugin and the commands around it."""
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def written_version() -> str:
+    """Read, not imported: nothing that the package needs is there yet."""
+    source = (HERE / "fairseq_codistill/common/version.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"', source, re.MULTILINE)[1]
+
 
 setup(
     name="fairseq-codistill",
-    version="0.1.0",
+    version=written_version(),
     description="Codistillation for fairseq: training jobs teach each other through stale copies of their weights",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.9",
     packages=find_packages(include=["fairseq_codistill", "fairseq_codistill.*"]),

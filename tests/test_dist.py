@@ -19,10 +19,11 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 REAL = ROOT / "tests/data/report"
 
 
-def run(*words: object, cwd: Path, path: str = "") -> str:
-    """What a command prints, which must end well; `path` is looked up first for programs."""
-    environment = {**CLEAN, "PATH": f"{path or Path(sys.executable).parent}{os.pathsep}{CLEAN['PATH']}"}
-    program = shutil.which(str(words[0]), path=environment["PATH"])
+def run(*words: object, cwd: Path, path: Path = Path(sys.executable).parent) -> str:
+    """What a program of `path` prints, which must end well; what it starts itself may be the test environment's, too."""
+    environment = {**CLEAN, "PATH": os.pathsep.join([str(path), str(Path(sys.executable).parent), CLEAN["PATH"]])}
+    program = shutil.which(str(words[0]), path=str(path))
+    assert program, f"{words[0]} is not in {path}"
     done = subprocess.run(
         [program, *map(str, words[1:])], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         cwd=cwd, timeout=240,
@@ -103,5 +104,5 @@ def test_a_package_of_ones_own_trains_with_it(programs, data, tmp_path):
     (tmp_path / "own/train.py").write_text(main)
     user_dir = run("codistill-launch", "--user-dir", cwd=tmp_path, path=programs).rstrip("\n")
     options = f"--save-dir run {MODEL} {TRAINING} --criterion codistill_ce --max-update 2 --user-dir {user_dir}"
-    log = run(programs / "python", "-m", "own.train", data, *options.split(), cwd=tmp_path, path=programs)
+    log = run(programs / "python", "-m", "own.train", data, *options.split(), cwd=tmp_path)
     assert column(log, "train_inner", "num_updates") == [1, 2]

@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 
 
 def written_version() -> str:
@@ -43,10 +44,11 @@ setup(
     extras_require={
         "image": ["torchvision"],
         "s3": ["s3fs"],
+        "docs": DOCS,
         # moto's extra "server" would bring all of AWS, and thirty packages; its S3 needs no more than flask.
         "dev": [
             "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "s3fs", "moto[s3]", "flask", "flask-cors",
-            "simpy", "scipy", "torchvision", "scikit-learn",
+            "simpy", "scipy", "torchvision", "scikit-learn", *DOCS,
         ],  # fmt: skip
     },
     entry_points={

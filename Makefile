@@ -22,7 +22,7 @@ BENCHMARKS ?= benchmark-runs
 WORKERS ?= 2
 PYTEST := python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo test lint benchmark stress soak gpu test-legacy clean FORCE
+.PHONY: help install demo test lint docs dist benchmark stress soak gpu test-legacy clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -30,12 +30,14 @@ help:
 	@echo 'make demo         codistillation against its baselines on a corpus of our own: ten minutes on two cores'
 	@echo 'make test         the tests; TESTS=tests/test_losses.py runs some of them'
 	@echo 'make lint         ruff, and mypy on the package'
+	@echo 'make docs         the documentation as a site, in site/; strictly: a broken link is an error'
+	@echo 'make dist         source distribution and wheel, in dist/'
 	@echo 'make benchmark    what an exchange costs and saves, what a step costs: more than an hour on two idle cores'
 	@echo 'make stress       2,200 damaged and forged files, 200 kills while publishing'
 	@echo 'make soak         peers that are killed and started again for half an hour'
 	@echo 'make gpu          everything that needs a GPU, within 25 minutes; DRY_RUN=1 shows the commands'
 	@echo 'make test-legacy  the tests with stock fairseq 0.12.2, where a Python 3.9 or 3.10 is found'
-	@echo 'make clean        remove .venv, .venv-legacy, demo and benchmark-runs'
+	@echo 'make clean        remove .venv, .venv-legacy, demo, site and benchmark-runs'
 
 install: $(VENV)/.installed
 
@@ -86,8 +88,17 @@ else
 	$(IN_VENV) python $(GPU_SUITE)
 endif
 
+# Without --quiet, which would silence the warnings that --strict counts.
+docs: install
+	$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --site-dir site
+
+# Source distribution and wheel, in $(DIST). No network: the setuptools of $(VENV) builds them.
+DIST ?= dist
+dist: install
+	$(IN_VENV) .ci/dist $(DIST)
+
 clean:
-	rm -rf .venv .venv-legacy demo $(BENCHMARKS) gpu-runs gpu-site
+	rm -rf .venv .venv-legacy demo site $(BENCHMARKS) gpu-runs gpu-site
 
 # --- installation -----------------------------------------------------------------------------------------------------
 

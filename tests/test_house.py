@@ -15,6 +15,7 @@ LAYERS = {
     "common.fairseq_log": set(),
     "common.output": set(),
     "common.paths": set(),
+    "common.version": set(),
     "exchange.manifest": set(),
     "exchange.run": {"exchange.manifest"},
     "exchange.liveness": {"exchange.manifest"},
@@ -71,7 +72,7 @@ LAYERS = {
     "launch.slurm": {"launch.checkpoint", "launch.command", "launch.outputs", "launch.plan"},
     "launch.status": {"common.output", "exchange.manifest", "exchange.status", "exchange.stores", "launch.view"},
     "launch.main": {
-        "common.output", "common.paths", "launch.plan", "launch.preview", "launch.status",
+        "common.output", "common.paths", "common.version", "launch.plan", "launch.preview", "launch.status",
         "launch.supervisor", "launch.view",
     },  # fmt: skip
     "launch.__main__": {"launch.main"},
@@ -82,7 +83,7 @@ LAYERS = {
     "report.figure": {"common.fairseq_log", "report.log", "report.notes", "report.summary", "report.table"},
     "report.files": {"common.paths", "report.log", "report.notes", "report.summary"},
     "report.main": {
-        "common.output", "common.paths", "report.figure", "report.files", "report.notes",
+        "common.output", "common.paths", "common.version", "report.figure", "report.files", "report.notes",
         "report.summary", "report.table",
     },  # fmt: skip
     "report.__main__": {"report.main"},
@@ -114,7 +115,7 @@ LAYERS = {
     "teachers": {"core.output_layer"},
     "plugin": {"compat", "criterion", "image.lr_schedules", "image.models", "image.nesterov", "image.task"},
     "registration": set(),
-    "__init__": {"registration"},
+    "__init__": {"common.version", "registration"},
     "image_predict": {"image.predict"},
 }
 # Which libraries a room may know of, where that is a rule; the commands must start without fairseq and torch.

@@ -23,6 +23,7 @@ from typing import Any, Optional
 
 from ..common.output import tolerant_output
 from ..common.paths import PLUGIN
+from ..common.version import VersionAction
 from . import preview as launch_preview
 from . import status as launch_status
 from .plan import Plan, make_plan
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="codistill-launch",
         allow_abbrev=False,
         usage="codistill-launch --peers N [options] -- COMMAND ...\n       codistill-launch status DIR [options]\n"
-        "       codistill-launch --user-dir",
+        "       codistill-launch --user-dir\n       codistill-launch --version",
         description="Start one fairseq job for each peer, show them all, stop them together.",
         epilog="`codistill-launch status DIR` shows who takes part in a run, also one that others have started. "
         "Any other command than fairseq-train or fairseq-hydra-train (a script, a Slurm step) only gets its "
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--grace", type=float, default=15.0, metavar="SECONDS", help="from the signal to stop to SIGKILL (default: 15)")
     add("--dry-run", action="store_true", help="only print the peers' commands, and what they cost, as comments")
     add("--user-dir", action="store_true", help="print the path that fairseq commands need as their --user-dir, and end")
+    add("--version", action=VersionAction, help="print the version, and end")
     add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..common.output import failure, tolerant_output
 from ..common.paths import expanded, printable
+from ..common.version import VersionAction
 from .figure import draw
 from .files import Found, ReportError, load, split_label
 from .notes import notes, some
@@ -28,6 +29,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--title", help="above the table and the figure (default: the first RUN's name)")
     add("--metric", action="append", default=[], metavar="NAME", help="one more column: fairseq's valid_NAME, e.g. "
         "accuracy, at the update of the best NLL; may be repeated")  # fmt: skip
+    add("--version", action=VersionAction, help="print the version, and end")
     add("--per-peer", action="store_true", help="also a row for each peer, and for the best of them")
     return parser
 

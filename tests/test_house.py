@@ -66,8 +66,9 @@ LAYERS = {
     "launch.preview": {"exchange.observer", "exchange.stores", "launch.cost", "launch.plan", "launch.view"},
     "launch.slurm": {"launch.checkpoint", "launch.command", "launch.outputs", "launch.plan"},
     "launch.status": {"common.output", "exchange.manifest", "exchange.observer", "exchange.stores", "launch.view"},
+    "launch.export": {"checkpoints", "common.output", "common.paths", "launch.view"},
     "launch.main": {
-        "common.output", "common.paths", "launch.plan", "launch.preview", "launch.status",
+        "common.output", "common.paths", "launch.export", "launch.plan", "launch.preview", "launch.status",
         "launch.supervisor", "launch.view",
     },  # fmt: skip
     "launch.__main__": {"launch.main"},
@@ -91,6 +92,7 @@ LAYERS = {
     "image.task": {"compat", "image.folder", "image.lr_schedules", "image.options", "image.transforms"},
     "image.predict": {"common.paths", "compat", "image.folder", "image.models", "image.task"},
     "compat": set(),
+    "checkpoints": {"compat"},
     "wrapping": set(),
     "ending": set(),
     "data_order": {"core.schedules", "wrapping"},
@@ -151,7 +153,7 @@ FOLDERS = {
     "common": set(),
     "exchange": set(),
     "core": {"exchange"},
-    "launch": {"common", "core", "exchange"},
+    "launch": {"", "common", "core", "exchange"},  # of the plugin only checkpoints, see LAYERS, and only when it exports
     "report": {"common"},
     "image": {"", "common"},  # of the plugin only compat, see LAYERS
     "": {"common", "core", "exchange", "image"},

@@ -75,12 +75,13 @@ LAYERS = {
     "report.log": {"common.fairseq_log"},
     "report.summary": {"common.fairseq_log", "report.log"},
     "report.notes": {"common.fairseq_log", "report.log", "report.summary"},
-    "report.table": {"common.fairseq_log", "report.notes", "report.summary"},
+    "report.significance": {"report.files", "report.summary"},
+    "report.table": {"common.fairseq_log", "report.notes", "report.significance", "report.summary"},
     "report.figure": {"common.fairseq_log", "report.log", "report.notes", "report.summary", "report.table"},
     "report.files": {"common.paths", "report.log", "report.notes", "report.summary"},
     "report.main": {
         "common.output", "common.paths", "report.figure", "report.files", "report.notes",
-        "report.summary", "report.table",
+        "report.significance", "report.summary", "report.table",
     },  # fmt: skip
     "report.__main__": {"report.main"},
     "image.transforms": {"compat"},

@@ -780,7 +780,7 @@ def test_out_that_cannot_be_written(root, tmp_path, capsys):
 
 def test_a_reader_that_leaves_early_loses_no_file(root):
     code = (
-        "import sys; from fairseq_codistill import report; "
+        "import sys; from fairseq_codistill.report import main as report; "
         f"sys.exit(report.main([{str(root)!r}]))"
     )
     command = subprocess.Popen(
@@ -797,7 +797,7 @@ def test_a_reader_that_leaves_early_loses_no_file(root):
 
 def test_the_command_starts_without_fairseq_torch_or_matplotlib():
     code = (
-        "import sys; from fairseq_codistill import report; "
+        "import sys; from fairseq_codistill.report import main as report; "
         "print(sorted({'fairseq', 'torch', 'matplotlib', 'rich', 'numpy'} & set(sys.modules)))"
     )
     folder = Path(report.__file__).parent.parent
@@ -806,7 +806,7 @@ def test_the_command_starts_without_fairseq_torch_or_matplotlib():
 
 
 def test_a_full_disk_under_stdout_loses_no_file_and_is_an_error(root):
-    code = "import sys; sys.argv = ['codistill-report']; from fairseq_codistill import report; "
+    code = "import sys; sys.argv = ['codistill-report']; from fairseq_codistill.report import main as report; "
     code += f"sys.exit(report.main([{str(root)!r}]))"
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", code]

@@ -14,6 +14,7 @@ from ..common.paths import expanded, printable
 from .figure import draw
 from .files import Found, ReportError, load, split_label
 from .notes import notes, some
+from .significance import compare
 from .summary import Method
 from .table import Report, columns, rows, show
 
@@ -28,6 +29,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--title", help="above the table and the figure (default: the first RUN's name)")
     add("--metric", action="append", default=[], metavar="NAME", help="one more column: fairseq's valid_NAME, e.g. "
         "accuracy, at the update of the best NLL; may be repeated")  # fmt: skip
+    add("--baseline", metavar="METHOD", help="compare BLEU and chrF of every method with this one's, by sacreBLEU's "
+        "paired bootstrap; needs SET.hyp and SET.ref beside the logs")  # fmt: skip
     add("--per-peer", action="store_true", help="also a row for each peer, and for the best of them")
     return parser
 
@@ -43,15 +46,16 @@ def check_metrics(metrics: Sequence[str], methods: Sequence[Method]) -> None:
 
 def make_report(args: argparse.Namespace, root: Path, found: Found) -> Report:
     check_metrics(args.metric, found.methods)
-    lines = notes(found.methods)
+    compared, told = compare(found, args.baseline) if args.baseline else ([], [])
+    lines = notes(found.methods) + told
     if found.silent:
         lines.append(f"Left out, for nothing is logged yet: {some([os.path.relpath(path, root) for path in found.silent])}.")
     if found.broken:
         names = [os.path.relpath(path, root) for path in found.broken]
         lines.append(f"WARNING: left out, for it could not be used: {some(names)}.")
-    table = rows(found.methods, columns(found.methods, args.metric), args.per_peer)
+    table = rows(found.methods, columns(found.methods, args.metric), args.per_peer, compared)
     table = [list(map(printable, row)) for row in table]
-    return Report(printable(args.title or root.name), found.methods, table, list(map(printable, lines)))
+    return Report(printable(args.title or root.name), found.methods, table, list(map(printable, lines)), compared)
 
 
 def write(report: Report, out: Path) -> None:

@@ -73,14 +73,18 @@ LAYERS = {
     },  # fmt: skip
     "launch.__main__": {"launch.main"},
     "report.log": {"common.fairseq_log"},
+    "report.curves": {"report.log"},
     "report.summary": {"common.fairseq_log", "report.log"},
+    "report.advice": {"report.curves", "report.log", "report.summary"},
     "report.notes": {"common.fairseq_log", "report.log", "report.summary"},
     "report.significance": {"report.files", "report.summary"},
     "report.table": {"common.fairseq_log", "report.notes", "report.significance", "report.summary"},
-    "report.figure": {"common.fairseq_log", "report.log", "report.notes", "report.summary", "report.table"},
+    "report.figure": {
+        "common.fairseq_log", "report.curves", "report.log", "report.notes", "report.summary", "report.table",
+    },  # fmt: skip
     "report.files": {"common.paths", "report.log", "report.notes", "report.summary"},
     "report.main": {
-        "common.output", "common.paths", "report.figure", "report.files", "report.notes",
+        "common.output", "common.paths", "report.advice", "report.figure", "report.files", "report.notes",
         "report.significance", "report.summary", "report.table",
     },  # fmt: skip
     "report.__main__": {"report.main"},

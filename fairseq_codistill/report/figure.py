@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import bisect
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..common.fairseq_log import choosing_metric
+from .curves import band
 from .log import Curve, TrainLog
 from .notes import choosing_metrics
 from .summary import Method
@@ -86,20 +85,6 @@ def _lines(axes: Any, curves: Sequence[Curve], colour: dict[str, str]) -> None:
 
 def look(number: int) -> dict[str, str]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
-
-
-def band(curves: Sequence[Curve]) -> list[tuple[int, float, float, float]]:
-    """(update, lowest, mean, highest) at the updates that all curves cover; between its points a curve is a line."""
-    first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
-    updates = sorted({update for curve in curves for update, _ in curve if first <= update <= last})
-    values = [[_at(curve, update) for curve in curves] for update in updates]
-    return [(update, min(found), statistics.fmean(found), max(found)) for update, found in zip(updates, values)]
-
-
-def _at(curve: Curve, update: int) -> float:
-    number = bisect.bisect_right(curve, (update, math.inf))
-    (left, low), (right, high) = curve[number - 1], curve[min(number, len(curve) - 1)]
-    return low + (high - low) * (update - left) / (right - left) if left < right else low
 
 
 def focus(curves: Sequence[Curve]) -> tuple[float, float] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..common.output import failure, tolerant_output
 from ..common.paths import expanded, printable
+from .advice import advice
 from .figure import draw
 from .files import Found, ReportError, load, split_label
 from .notes import notes, some
@@ -47,7 +48,7 @@ def check_metrics(metrics: Sequence[str], methods: Sequence[Method]) -> None:
 def make_report(args: argparse.Namespace, root: Path, found: Found) -> Report:
     check_metrics(args.metric, found.methods)
     compared, told = compare(found, args.baseline) if args.baseline else ([], [])
-    lines = notes(found.methods) + told
+    lines = notes(found.methods) + told + advice(found.methods)
     if found.silent:
         lines.append(f"Left out, for nothing is logged yet: {some([os.path.relpath(path, root) for path in found.silent])}.")
     if found.broken:

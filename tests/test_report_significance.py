@@ -19,7 +19,7 @@ N = 60
 
 @pytest.fixture(autouse=True)
 def no_figure(monkeypatch):
-    monkeypatch.setattr(main, "draw", lambda report, path: path.write_bytes(b""))
+    monkeypatch.setattr(main, "draw", lambda report, paths, style: [path.write_bytes(b"") for path in paths])
 
 
 def sentences(seed: int, count: int = N) -> list[str]:

@@ -166,9 +166,9 @@ def _of_alone(method: Method) -> str:
 
 def _will_it_pay(gap: Gap) -> str:
     if gap.bits >= LIKELY:
-        return f"Codistillation is likely to pay: it gained 0.2 to 0.3 bits in all measured runs with a gap above {LIKELY:g}."
+        return f"Codistillation is likely to pay: in measured runs with one above {LIKELY:g} it gained 0.2 to 0.3 bits."
     if gap.bits < UNLIKELY:
-        return f"Codistillation is unlikely to pay: in no measured run with a gap below {UNLIKELY:g} it gained more than 0.03 bits."
+        return f"Codistillation is unlikely to pay: in measured runs with one below {UNLIKELY:g} it gained at most 0.03 bits."
     return f"Whether codistillation pays is open: no measured run has a gap between {UNLIKELY:g} and {LIKELY:g}."
 
 
@@ -181,7 +181,8 @@ def _of_codistilled(method: Method, alone: Method) -> str:
     agreement = f", agreement {statistics.fmean(agreements):.2f}" if agreements else ""
     return (
         f"{method.label} beside {alone.label}: valid NLL {lag.middle:+.3f} bits in the middle half of the run, {ahead}, "
-        f"at its best {-lag.gain:+.3f}; gap {own.bits:.2f} bits instead of {theirs.bits:.2f}{agreement}. {verdict(lag, own, theirs)}"
+        f"at its best {-lag.gain:+.3f}; gap {own.bits:.2f} bits instead of {theirs.bits:.2f}{agreement}. "
+        f"{verdict(lag, own, theirs)}"
     )
 
 

@@ -25,6 +25,19 @@ def value_at(curve: Curve, x: float) -> float:
     return low + (high - low) * (x - left) / (right - left) if left < right else low
 
 
+def along(curve: Curve, axis: Curve) -> Curve:
+    """`curve` over what `axis` holds for its updates, (update, samples) say; [] where `axis` has no points.
+
+    The axis is 0 at update 0, and goes on as it ended: a validation may be logged after the last line of training.
+    """
+    axis = [(0, 0.0), *((update, value) for update, value in axis if update > 0)]
+    if len(axis) < 2:
+        return []
+    (left, low), (right, high) = axis[-2:]
+    rate = (high - low) / (right - left)
+    return [(value_at(axis, x) if x <= right else high + rate * (x - right), value) for x, value in curve if x >= 0]
+
+
 def finite(curve: Curve) -> Curve:
     return [(x, value) for x, value in curve if math.isfinite(value)]
 

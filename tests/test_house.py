@@ -71,20 +71,26 @@ LAYERS = {
     "launch.preview": {"exchange.status", "exchange.stores", "launch.cost", "launch.plan", "launch.view"},
     "launch.slurm": {"launch.checkpoint", "launch.command", "launch.outputs", "launch.plan"},
     "launch.status": {"common.output", "exchange.manifest", "exchange.status", "exchange.stores", "launch.view"},
+    "launch.export": {"checkpoints", "common.output", "common.paths", "launch.view"},
     "launch.main": {
-        "common.output", "common.paths", "common.version", "launch.plan", "launch.preview", "launch.status",
+        "common.output", "common.paths", "common.version", "launch.export", "launch.plan", "launch.preview", "launch.status",
         "launch.supervisor", "launch.view",
     },  # fmt: skip
     "launch.__main__": {"launch.main"},
     "report.log": {"common.fairseq_log"},
+    "report.curves": {"report.log"},
     "report.summary": {"common.fairseq_log", "report.log"},
+    "report.advice": {"report.curves", "report.log", "report.summary"},
     "report.notes": {"common.fairseq_log", "report.log", "report.summary"},
-    "report.table": {"common.fairseq_log", "report.notes", "report.summary"},
-    "report.figure": {"common.fairseq_log", "report.log", "report.notes", "report.summary", "report.table"},
+    "report.significance": {"report.files", "report.summary"},
+    "report.table": {"common.fairseq_log", "report.notes", "report.significance", "report.summary"},
+    "report.figure": {
+        "common.fairseq_log", "report.curves", "report.log", "report.notes", "report.summary", "report.table",
+    },  # fmt: skip
     "report.files": {"common.paths", "report.log", "report.notes", "report.summary"},
     "report.main": {
-        "common.output", "common.paths", "common.version", "report.figure", "report.files", "report.notes",
-        "report.summary", "report.table",
+        "common.output", "common.paths", "common.version", "report.advice", "report.figure", "report.files", "report.notes",
+        "report.significance", "report.summary", "report.table",
     },  # fmt: skip
     "report.__main__": {"report.main"},
     "image.transforms": {"compat"},
@@ -96,6 +102,7 @@ LAYERS = {
     "image.task": {"compat", "image.folder", "image.lr_schedules", "image.options", "image.transforms"},
     "image.predict": {"common.paths", "compat", "image.folder", "image.models", "image.task"},
     "compat": set(),
+    "checkpoints": {"compat"},
     "wrapping": set(),
     "ending": set(),
     "data_order": {"core.schedules", "core.weight_decay", "wrapping"},
@@ -165,7 +172,7 @@ FOLDERS = {
     "common": set(),
     "exchange": set(),
     "core": {"exchange"},
-    "launch": {"common", "core", "exchange"},
+    "launch": {"", "common", "core", "exchange"},  # of the plugin only checkpoints, see LAYERS, and only when it exports
     "report": {"common"},
     "image": {"", "common", "core"},  # of the plugin only compat, see LAYERS
     "": {"common", "core", "exchange", "image"},

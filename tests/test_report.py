@@ -95,7 +95,7 @@ def run_main(capsys, *arguments):
 @pytest.fixture
 def no_figure(monkeypatch):
     """For tests of words and numbers: drawing takes half a second."""
-    monkeypatch.setattr(report, "draw", lambda report, path: path.write_bytes(b""))
+    monkeypatch.setattr(report, "draw", lambda report, paths, style: [path.write_bytes(b"") for path in paths])
 
 
 @pytest.fixture
@@ -483,10 +483,10 @@ def test_figure_of_real_logs(tmp_path):
     from matplotlib.image import imread
 
     methods = report_files.load([str(REAL / name) for name in ("ce", "ls", "rdrop", "codist", "resumed")]).methods
-    report_figure.draw(report_table.Report("Five criteria", methods, [], []), tmp_path / "all.png")
-    report_figure.draw(report_table.Report("No peers", methods[:1], [], []), tmp_path / "one.png")
+    report_figure.draw(report_table.Report("Five criteria", methods, [], []), [tmp_path / "all.png"], report_figure.Style())
+    report_figure.draw(report_table.Report("No peers", methods[:1], [], []), [tmp_path / "one.png"], report_figure.Style())
     both, alone = imread(tmp_path / "all.png"), imread(tmp_path / "one.png")
-    assert both.shape[1] == alone.shape[1] == 1200 and 500 <= alone.shape[0] <= both.shape[0] <= 600
+    assert both.shape[1] == alone.shape[1] == 1360 and 680 <= alone.shape[0] <= both.shape[0] <= 760, "6.8 inches at 200 dpi"
     assert colours_of(both) == {0, 1, 2, 3, 4} and colours_of(alone) == {0}
 
 
@@ -515,7 +515,7 @@ def test_nll_axis_is_focused():
 
     methods = report_files.load([str(REAL / "ls")]).methods
     axes = Figure().add_subplot()
-    report_figure._panel(axes, methods, "valid NLL (bits per token)", report_log.TrainLog.valid_nll, size=10)
+    report_figure._panel(axes, methods, "valid NLL", report_log.TrainLog.valid_nll, report_figure.Style(), 8)
     assert axes.get_ylim() == pytest.approx(report_figure.focus([methods[0].runs[0].peers[0].log.valid_nll()]))
 
 
@@ -601,7 +601,7 @@ def chosen_by(metric, values, maximise=True):
 
 def test_what_chooses_the_checkpoint_has_columns_and_a_curve(tmp_path, capsys, monkeypatch):
     panels = []
-    monkeypatch.setattr(report_figure, "_panel", lambda axes, methods, name, curve_of, size: panels.append(name))
+    monkeypatch.setattr(report_figure, "_panel", lambda axes, methods, name, curve_of, style, size: panels.append(name))
     for name, text in {
         "bleu": chosen_by("bleu", [10, "nan", 31.5, 31.5, 20]),
         "error": chosen_by("wer", [9, 7, 8], maximise=False),
@@ -618,7 +618,7 @@ def test_what_chooses_the_checkpoint_has_columns_and_a_curve(tmp_path, capsys, m
     assert (named["error"]["best valid wer"], named["error"]["at update of wer"]) == ("7.000", "200")
     assert named["nll"]["best valid bleu"] == named["nll"]["best valid wer"] == "–"
     assert "bleu chooses checkpoint_best.pt of bleu (--best-checkpoint-metric)" in out
-    assert panels == ["valid NLL (bits per token)", "valid bleu", "valid wer"]
+    assert panels == ["valid NLL", "valid bleu", "valid wer"]
 
 
 def test_names_that_are_no_text(root, capsys):
@@ -780,7 +780,7 @@ def test_out_that_cannot_be_written(root, tmp_path, capsys):
 
 def test_a_reader_that_leaves_early_loses_no_file(root):
     code = (
-        "import sys; from fairseq_codistill import report; "
+        "import sys; from fairseq_codistill.report import main as report; "
         f"sys.exit(report.main([{str(root)!r}]))"
     )
     command = subprocess.Popen(
@@ -797,7 +797,7 @@ def test_a_reader_that_leaves_early_loses_no_file(root):
 
 def test_the_command_starts_without_fairseq_torch_or_matplotlib():
     code = (
-        "import sys; from fairseq_codistill import report; "
+        "import sys; from fairseq_codistill.report import main as report; "
         "print(sorted({'fairseq', 'torch', 'matplotlib', 'rich', 'numpy'} & set(sys.modules)))"
     )
     folder = Path(report.__file__).parent.parent
@@ -806,7 +806,7 @@ def test_the_command_starts_without_fairseq_torch_or_matplotlib():
 
 
 def test_a_full_disk_under_stdout_loses_no_file_and_is_an_error(root):
-    code = "import sys; sys.argv = ['codistill-report']; from fairseq_codistill import report; "
+    code = "import sys; sys.argv = ['codistill-report']; from fairseq_codistill.report import main as report; "
     code += f"sys.exit(report.main([{str(root)!r}]))"
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", code]

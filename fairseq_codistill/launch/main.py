@@ -7,7 +7,8 @@ Peer i runs the same command with `--save-dir RUN/peer{i}`, `--seed S + i·10,00
 process group of its own; it finds CODISTILL_PEER, CODISTILL_PEERS and CODISTILL_DIR in its environment and writes to
 RUN/peer{i}/train.log. What else jobs would share each has for itself, too (`launch_outputs`).
 
-`codistill-launch status RUN` shows who takes part; see `launch_status`. `codistill-launch --user-dir` prints the path of this
+`codistill-launch status RUN` shows who takes part; see `status`. `codistill-launch export RUN --out FILE.pt` writes the
+run's model for fairseq-generate; see `export`. `codistill-launch --user-dir` prints the path of this
 package, which every fairseq command needs as its --user-dir.
 """
 
@@ -24,6 +25,7 @@ from typing import Any, Optional
 from ..common.output import tolerant_output
 from ..common.paths import PLUGIN
 from ..common.version import VersionAction
+from . import export as launch_export
 from . import preview as launch_preview
 from . import status as launch_status
 from .plan import Plan, make_plan
@@ -41,9 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="codistill-launch",
         allow_abbrev=False,
         usage="codistill-launch --peers N [options] -- COMMAND ...\n       codistill-launch status DIR [options]\n"
+        "       codistill-launch export RUN --out FILE.pt [options]\n"
         "       codistill-launch --user-dir\n       codistill-launch --version",
         description="Start one fairseq job for each peer, show them all, stop them together.",
-        epilog="`codistill-launch status DIR` shows who takes part in a run, also one that others have started. "
+        epilog="`codistill-launch status DIR` shows who takes part in a run, also one that others have started; "
+        "`codistill-launch export RUN --out FILE.pt` writes its model for fairseq-generate. "
         "Any other command than fairseq-train or fairseq-hydra-train (a script, a Slurm step) only gets its "
         "environment; it finds its index in $CODISTILL_PEER. Ctrl-C stops all peers, a second one kills them; SIGUSR1 and "
         "SIGUSR2 go to peers that have a handler for them, else they stop all. "
@@ -102,6 +106,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "status":
         return launch_status.main(argv[1:])
+    if argv and argv[0] == "export":
+        return launch_export.main(argv[1:])
     if list(argv) == ["--user-dir"]:
         print(PLUGIN)
         return 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ..common import fairseq_log
 from ..common.fairseq_log import Record, Values, as_float
 
-Curve = list[tuple[int, float]]  # (update, value), updates rising
+Curve = list[tuple[float, float]]  # (update, value), updates rising
 _LOADED = re.compile(r"Loaded checkpoint .* @ (\d+) updates\)")
 _RDROP = "label_smoothed_cross_entropy_with_rdrop"
 
@@ -30,6 +30,7 @@ class TrainLog:
     last_line: str = field(default="", compare=False)  # that is not blank
     failed: bool = False  # the newest process has shown a traceback
     exchange: Values = field(default_factory=dict)  # totals of the exchange, added up over all processes that ended
+    clock: dict[int, float] = field(default_factory=dict)  # update -> `seconds` when it was logged
     _earlier_seconds: float = 0.0
     _wall: float = 0.0
 
@@ -70,6 +71,7 @@ class TrainLog:
         if wall < self._wall:  # fairseq's wall starts at 0 in every process
             self._bank()
         self._wall = wall
+        self.clock[record.update] = self.seconds
 
     def _bank(self) -> None:
         self._earlier_seconds, self._wall = self._earlier_seconds + self._wall, 0.0
@@ -78,6 +80,7 @@ class TrainLog:
         """Drop every record from update `first` on."""
         for tag, records in self.records.items():
             self.records[tag] = {update: fields for update, fields in records.items() if update < first}
+        self.clock = {update: seconds for update, seconds in self.clock.items() if update < first}
         self.update = max((update for records in self.records.values() for update in records), default=0)
 
     @property
@@ -118,6 +121,17 @@ class TrainLog:
 
     def train_nll(self) -> Curve:
         return _nll_curve(self.train_records())
+
+    def samples(self) -> Curve:
+        """Sentences (or images) that the model has been trained on by an update, of all workers that share its gradients.
+
+        Empty where the log does not tell how many an update has.
+        """
+        total, last, curve = 0.0, 0, []
+        for update, size in self.train_curve("bsz"):  # the mean since the record before
+            total, last = total + size * (update - last), update
+            curve.append((update, total))
+        return curve
 
     def train_curve(self, name: str) -> Curve:
         return [(update, fields[name]) for update, fields in self.train_records() if name in fields]

@@ -13,7 +13,7 @@ import os
 import posixpath
 import re
 from pathlib import Path
-from typing import Callable, Iterator, List, Set
+from typing import Callable, Iterator, List, Pattern, Set
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -130,18 +130,25 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def spaced(markdown: str) -> str:
-    """GitHub begins a list right after a paragraph's last line; Python-Markdown needs an empty line between."""
-    return outside_code(markdown, lambda text: re.sub(r"(?m)^(?![*+\- \t|#>\d]|$)(.+)\n(?=(?:[*-]|1\.) )", r"\1\n\n", text))
+    """What GitHub takes and Python-Markdown does not: lists right after paragraphs and blocks, indented by three."""
+
+    def change(text: str) -> str:
+        text = re.sub(r"(?m)^   (?=[^ \n])", "    ", text)
+        text = re.sub(r"(?m)^( +.+)\n(?=\d\. )", r"\1\n\n", text)
+        return re.sub(r"(?m)^(?![*+\- \t|#>\d]|$)(.+)\n(?=(?:[*-]|1\.) )", r"\1\n\n", text)
+
+    return outside_code(markdown, change, TOP_FENCE)
 
 
 FENCE = re.compile(r"(?ms)^ *```.*?^ *```[^\n]*$")
+TOP_FENCE = re.compile(r"(?ms)^```.*?^```[^\n]*$")
 
 
-def outside_code(text: str, change: Callable[[str], str]) -> str:
+def outside_code(text: str, change: Callable[[str], str], fence: Pattern = FENCE) -> str:
     """`text` with `change` made to what is not in a fenced block of code."""
     parts: List[str] = []
     end = 0
-    for block in FENCE.finditer(text):
+    for block in fence.finditer(text):
         parts += [change(text[end : block.start()]), block[0]]
         end = block.end()
     return "".join([*parts, change(text[end:])])

@@ -54,6 +54,9 @@ def test_what_pages_point_to_outside_docs_is_in_the_site(site):
     """Reports as pages with their figures, logs as files."""
     for name in ("recipes/demo/index.html", "recipes/demo/results/curves.png", "benchmarks/results/kills.txt"):
         assert (site / "repository" / name).exists(), name
+    for page in site.rglob("index.html"):
+        text = re.sub(r"(?s)<pre.*?</pre>", "", page.read_text(encoding="utf-8"))
+        assert not re.search(r"(?m)^(<p>)?(\* |- |\||\d\. |```)", text), f"{page}: Markdown that was not understood"
     home = (site / "index.html").read_text(encoding="utf-8")
     assert 'href="options/"' in home and 'href="repository/recipes/multi30k_en_de/"' in home
 

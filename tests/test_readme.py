@@ -4,9 +4,11 @@ A block of `bash` is run as it stands. Other blocks that begin with a command ar
 own, and each of the rest is named here with the reason why it is not run.
 """
 
+import importlib.util
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from fairseq_runs import MODEL, PLUGIN, ROOT, column, command
@@ -112,6 +114,17 @@ PROGRAM = re.compile(r"([A-Z_]+=\S+ )*(codistill-|fairseq-|tensorboard|python |p
 COMMANDS = [text for language, text in FENCED if not language and PROGRAM.match(text)]
 PLANNED = [text for text in COMMANDS if " -- " in text]
 PLANNED.append(block("codistill-launch --peers 2 -- fairseq-train data-bin/iwslt14 --tensorboard-logdir"))
+
+
+def test_fairseqs_options_exist():
+    """By its own sources: to import fairseq takes seconds."""
+    folder = Path(importlib.util.find_spec("fairseq").submodule_search_locations[0])
+    sources = [*(folder / "dataclass").glob("*.py"), folder / "options.py", *(folder / "optim").rglob("*.py")]
+    known = set(re.findall(r"[a-z]\w+", "\n".join(path.read_text(encoding="utf-8") for path in sources)))
+    for text in [*PLANNED, block("fairseq-generate")]:
+        _, _, given = text.replace("\\\n", " ").rpartition(" -- ")
+        for option in re.findall(r"(?<!\()(?<!launch )--([a-z-]+)", given):
+            assert option.replace("-", "_") in known or option.startswith(("codistill-", "config-")), f"--{option} in {text}"
 
 
 def test_other_commands_are_planned_or_named():

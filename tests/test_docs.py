@@ -18,7 +18,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """`make docs`, into another folder. A link to what is not there, or a page outside the navigation, is an error."""
+    """`make docs`, into another folder. A link to what is not there is an error."""
     folder = tmp_path_factory.mktemp("site")
     recipe = re.search(r"^docs:.*\n\t\$\(IN_VENV\) (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
     words = recipe.split()

@@ -22,7 +22,7 @@ BENCHMARKS ?= benchmark-runs
 WORKERS ?= 2
 PYTEST := python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo test lint docs dist benchmark soak test-legacy clean FORCE
+.PHONY: help install demo test lint benchmark soak test-legacy clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -35,7 +35,7 @@ help:
 	@echo 'make benchmark    what an exchange costs and saves, fuzzing, kills, steps: more than an hour on two idle cores'
 	@echo 'make soak         peers that are killed and started again for half an hour'
 	@echo 'make test-legacy  the tests with stock fairseq 0.12.2, where a Python 3.9 or 3.10 is found'
-	@echo 'make clean        remove .venv, .venv-legacy, demo, site and benchmark-runs'
+	@echo 'make clean        remove .venv, .venv-legacy, demo and benchmark-runs'
 
 install: $(VENV)/.installed
 
@@ -68,6 +68,13 @@ soak: install
 	rm -rf $(BENCHMARKS)/soak
 	$(IN_VENV) python benchmarks/soak.py --out $(BENCHMARKS)/soak --results benchmarks/results/soak
 
+clean:
+	rm -rf .venv .venv-legacy demo $(BENCHMARKS)
+
+# --- documentation and distributions ------------------------------------------------------------------------------------
+
+.PHONY: docs dist
+
 # Without --quiet, which would silence the warnings that --strict counts.
 docs: install
 	$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --site-dir site
@@ -76,9 +83,6 @@ docs: install
 DIST ?= dist
 dist: install
 	$(IN_VENV) .ci/dist $(DIST)
-
-clean:
-	rm -rf .venv .venv-legacy demo site $(BENCHMARKS)
 
 # --- installation -----------------------------------------------------------------------------------------------------
 

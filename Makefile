@@ -22,7 +22,7 @@ BENCHMARKS ?= benchmark-runs
 WORKERS ?= 2
 PYTEST := python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo test lint docs dist benchmark stress soak gpu test-legacy clean FORCE
+.PHONY: help install demo test lint benchmark stress soak gpu test-legacy clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -37,7 +37,7 @@ help:
 	@echo 'make soak         peers that are killed and started again for half an hour'
 	@echo 'make gpu          everything that needs a GPU, within 25 minutes; DRY_RUN=1 shows the commands'
 	@echo 'make test-legacy  the tests with stock fairseq 0.12.2, where a Python 3.9 or 3.10 is found'
-	@echo 'make clean        remove .venv, .venv-legacy, demo, site and benchmark-runs'
+	@echo 'make clean        remove .venv, .venv-legacy, demo and benchmark-runs'
 
 install: $(VENV)/.installed
 
@@ -88,6 +88,13 @@ else
 	$(IN_VENV) python $(GPU_SUITE)
 endif
 
+clean:
+	rm -rf .venv .venv-legacy demo site $(BENCHMARKS) gpu-runs gpu-site
+
+# --- documentation and distributions ------------------------------------------------------------------------------------
+
+.PHONY: docs dist
+
 # Without --quiet, which would silence the warnings that --strict counts.
 docs: install
 	$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --site-dir site
@@ -96,9 +103,6 @@ docs: install
 DIST ?= dist
 dist: install
 	$(IN_VENV) .ci/dist $(DIST)
-
-clean:
-	rm -rf .venv .venv-legacy demo site $(BENCHMARKS) gpu-runs gpu-site
 
 # --- installation -----------------------------------------------------------------------------------------------------
 

@@ -33,9 +33,12 @@ def modules(folder: str) -> List[str]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The navigation's `API: …` gets the pages that `on_files` makes."""
+    """The navigation's `API: …` gets the pages that `on_files` makes; a page that it does not name yet comes under More."""
     section = next(item for item in config.nav if "API" in item)
     section["API"] = [{folder: [{name: f"api/{folder}/{name}.md"} for name in modules(folder)]} for folder in API]
+    named = str(config.nav)
+    rest = [path.name for path in sorted((ROOT / "docs").glob("*.md")) if f"'{path.name}'" not in named]
+    config.nav += [{"More": rest}] if rest else []
     return config
 
 

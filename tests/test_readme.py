@@ -175,6 +175,15 @@ def test_the_readme_is_short():
     assert len(re.findall(r"^\| `--codistill", README, re.MULTILINE)) == 5
 
 
+def test_the_results_page_has_the_readmes_table():
+    """Row for row; only the links are relative to another folder."""
+    def table(text):
+        start = text.index("| data, updates of a peer |")
+        return text[start : text.index("\n\n", start)]
+
+    assert table(TEXT["results.md"]) == table(README).replace("](recipes/", "](../recipes/")
+
+
 def test_the_demos_numbers_are_those_of_its_logs():
     """The table of docs/quickstart.md is that of recipes/demo/results."""
     table = [line for line in (ROOT / "recipes/demo/results/table.md").read_text().splitlines() if line.startswith("|")]

@@ -262,6 +262,8 @@ def script(name: str, *arguments: str, recipe: str = "multi30k_en_de", **variabl
 
 def dry_run(recipe: str = "multi30k_en_de", **variables: object) -> list[str]:
     """The words of the command that train.sh would start."""
+    if recipe == "own":  # its languages are the data's
+        variables = {"SOURCE": "fr", "TARGET": "it", **variables}
     result = script("train.sh", recipe=recipe, **{"DATA": "data", "OUT": "runs", "CPU": 1, **variables, "DRY_RUN": 1})
     assert result.returncode == 0, result.stderr
     return shlex.split(result.stdout)
@@ -289,6 +291,10 @@ RECIPE_FLAGS = {
     ),
     "tatoeba_de_en": dict(source_lang="de", target_lang="en", arch="transformer", keep_interval_updates=5, fp16=False),
     "newstest_de_en": dict(source_lang="de", target_lang="en", arch="transformer", keep_interval_updates=5, fp16=False),
+    "own": dict(
+        source_lang="fr", target_lang="it", arch="transformer_iwslt_de_en", lr=[5e-4], max_tokens=4096, fp16=False,
+        encoder_ffn_embed_dim=1024, decoder_attention_heads=4, dropout=0.3, weight_decay=1e-4, keep_interval_updates=5,
+    ),
 }  # fmt: skip
 # distance, α, its schedule, interval, lockstep; a worker's share and all workers.
 CODISTILLATION = {
@@ -298,6 +304,7 @@ CODISTILLATION = {
     "wmt16_en_de": ("mse", 0.1, "exponential", 2500, False, 64, 128),
     "tatoeba_de_en": ("ce", 1.0, "constant", 100, True, 1, 2),
     "newstest_de_en": ("ce", 1.0, "constant", 50, True, 1, 2),
+    "own": ("ce", 1.0, "constant", 500, False, 1, 2),
 }
 
 
@@ -760,6 +767,7 @@ FROM_ARCHIVES = {
         BLEU + NLL,
     ),
     "newstest_de_en": (news_texts, ["--vocab", "100"], "rdrop" if HAS_RDROP else "single", BLEU + NLL),
+    "own": (made.own_texts, ["--vocab", "100", "--held-out", "9"], "codistill", BLEU + NLL),
 }
 
 
@@ -770,7 +778,10 @@ def test_every_other_recipe_from_archives_to_scores(recipe, tmp_path):
     source.mkdir()
     for name, content in files().items():
         (source / name).write_bytes(content)
-    assert prepare_corpus.main([recipe, "--source", str(source), "--out", str(data), "--jobs", "1", *options]) == 0
+    where = ["--source", str(source)]
+    if recipe == "own":
+        where = ["--source", "xx", "--target", "yy", "--train", str(source / "all")]
+    assert prepare_corpus.main([recipe, *where, "--out", str(data), "--jobs", "1", *options]) == 0
     tiny = {**TINY, "METHOD": method, "WORKERS": 2, "PRECISION": "fp32", "KEEP": 2, "AVERAGE": 2, "SEED": 1, "RDROP_ALPHA": 1}
     tiny.update(DATA=data, OUT=tmp_path / "runs")
     del tiny["TEST_SETS"], tiny["NLL_SETS"]

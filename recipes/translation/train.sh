@@ -37,6 +37,8 @@ read_settings() {
 
 check_settings() {
     local name
+    # One's own text has the languages of its manifest.
+    SOURCE="${SOURCE:-$(of_data source_language "")}" TARGET="${TARGET:-$(of_data target_language "")}"
     [[ -n "$SOURCE" && -n "$TARGET" ]] ||
         refuse "SOURCE and TARGET must be languages; did you forget to start the train.sh of a recipe, not the shared one?"
     [[ -n "${DATA:-}" ]] || refuse "DATA must be a folder made by $PREPARED_BY, but is not set"
@@ -85,7 +87,7 @@ choose_objective() {
 # of_data NAME DEFAULT: a text that DATA/manifest.json has, as evaluate.py reads it.
 of_data() {
     local found
-    found="$(sed -n 's/^.*"'"$1"'": *"\([^"]*\)".*$/\1/p' "$DATA/manifest.json" 2>/dev/null | head -n 1)" || true
+    found="$(sed -n 's/^.*"'"$1"'": *"\([^"]*\)".*$/\1/p' "${DATA:-}/manifest.json" 2>/dev/null | head -n 1)" || true
     echo "${found:-$2}"
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from grammar_words import (
+from .words import (
     EIN,
     MIXED,
     REFLEXIVE,
@@ -37,7 +37,7 @@ WERDEN = german_verb("werden wirst wird wurde geworden +s")
 
 @dataclass(frozen=True)
 class NounPhrase:
-    """English text and the German forms by case; `person` as in grammar_words, `gender` m, f, n or p."""
+    """English text and the German forms by case; `person` as in words.py, `gender` m, f, n or p."""
 
     english: str
     german: dict[str, str]

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from grammar_clauses import (
+from .clauses import (
     MODALS,
     Clause,
     NounPhrase,
@@ -14,7 +14,7 @@ from grammar_clauses import (
     relative_pronoun,
     with_relative_clause,
 )
-from grammar_words import Adjective, Dice, GermanVerb, Lexicon, Noun, Verb, german_verb
+from .words import Adjective, Dice, GermanVerb, Lexicon, Noun, Verb, german_verb
 
 # English conjunction, German ones, tenses of both clauses.
 CONJUNCTIONS = (

@@ -1,6 +1,6 @@
 """Words of the demo's grammar: the lexicon, German and English inflection, and reproducible choices.
 
-grammar_lexicon.txt describes its own format. Cases are "nom", "acc", "dat"; genders "m", "f", "n", and "p" for any
+lexicon.txt describes its own format. Cases are "nom", "acc", "dat"; genders "m", "f", "n", and "p" for any
 plural; persons "1s", "2s", "3s", "1p", "2p", "3p", where the polite Sie is "3p".
 """
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-LEXICON = Path(__file__).with_name("grammar_lexicon.txt")
+LEXICON = Path(__file__).with_name("lexicon.txt")
 
 # Endings of der-words (dieser, jeder, alle) and of adjectives that stand alone; columns m, f, n, p.
 STRONG = {"nom": ("er", "e", "es", "e"), "acc": ("en", "e", "es", "e"), "dat": ("em", "er", "em", "en")}

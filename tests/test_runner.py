@@ -109,7 +109,7 @@ def test_everything_of_fairseq_can_be_set(capsys, monkeypatch):
     assert "--warmup-updates" not in words and words[-5:-1] == ["--phase-ratio", "(0.1, 0.4, 0.5)", "--dropout", "0.7"]
     monkeypatch.setattr(sys, "argv", ["fairseq-train", *words])
     args = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
-    assert (args.lr_scheduler, args.dropout, eval(str(args.phase_ratio))) == ("tri_stage", 0.7, (0.1, 0.4, 0.5))
+    assert (args.lr_scheduler, args.dropout, list(eval(str(args.phase_ratio)))) == ("tri_stage", 0.7, [0.1, 0.4, 0.5])
     by_script = shell(RECIPES / "iwslt14_de_en/train.sh", "--dropout", "0.7", DRY_RUN="1", GPUS="2")
     assert shlex.split(by_script.stdout)[-2:] == ["--dropout", "0.7"]
 

@@ -235,3 +235,25 @@ def test_two_do_not_train_one_run(tmp_path):
     with training._locked(tmp_path):
         with pytest.raises(ValueError, match="is being trained by another process"):
             training.train_once(tmp_path, 1, "checkpoint_last.pt", ["true"], "")
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_scoring_has_the_recipes_settings_where_the_environment_has_none():
+    recipe = tasks.read_recipe(RECIPES / "demo")
+    given = {"BEAM": "", "TEST_SETS": "", "LENPEN": "0.6", "FAIRSEQ_GENERATE": "generate"}
+    command, environment = training.TASKS["translation"].evaluation(recipe, given, ["runs/a", "runs/b"])
+    assert command == [sys.executable, str(RECIPES / "translation/evaluate.py"), "runs/a", "runs/b"]
+    expected = {"BEAM": "5", "TEST_SETS": "", "LENPEN": "0.6", "FAIRSEQ_GENERATE": "generate", "NLL_SETS": "", "TARGET": "de"}
+    assert {name: environment[name] for name in expected} == expected
+
+
+def test_scoring_of_images(capsys):
+    recipe = tasks.read_recipe(RECIPES / "imagenet_resnet50")
+    evaluation = training.TASKS["images"].evaluation
+    assert evaluation(recipe, {"DATA": "d"}, ["r"])[0][2:] == ["r", "--data", "d", "--cpu"]
+    assert evaluation(recipe, {"DATA": "d", "CPU": "0"}, ["r"])[0][2:] == ["r", "--data", "d"]
+    assert run.main(["evaluate", str(RECIPES / "digits"), "r"]) == 2 and "DATA must be a folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="must have the folder of one run, for example runs/single/seed1, but has 2"):
+        evaluation(recipe, {"DATA": "d"}, ["r", "s"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
 from .commands import Command, is_on, set_value, value_of
-from .tasks import ROOT, Recipe, Task
+from .tasks import OFF, ROOT, Recipe, Task
 from .values import (
     check_folders,
     choose_method,
@@ -152,6 +152,6 @@ def evaluation(recipe: Recipe, environ: Mapping[str, str], runs: Sequence[str]) 
     for name, value in {**recipe.settings, **recipe.evaluate}.items():
         variable = name.upper()
         if variable not in environ or (not environ[variable] and name not in _EMPTY_COUNTS_AS_SET):
-            environment[variable] = value
+            environment[variable] = "" if value == OFF else value
     command: List[str] = [sys.executable, str(ROOT / "recipes/translation/evaluate.py"), *runs]
     return command, environment

@@ -40,6 +40,7 @@ setup(
         "sacremoses",
         "subword-nmt",
         "tqdm",
+        'tomli; python_version<"3.11"',  # the recipes' TOML
     ],
     extras_require={
         "image": ["torchvision"],

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -519,7 +520,7 @@ def test_bad_loose_texts_are_refused(tmp_path, capsys):
         source = write(tmp_path / name, {name: data})
         status, errors = run(capsys, "tatoeba_de_en", tmp_path / "out", "--source", source)
         assert status == 2 and len(errors) == 1 and all(word in errors[0] for word in words), errors
-        prepare.shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
     write(tmp_path / "twice", {"deu.txt": text, "deu.txt.gz": gzip.compress(text)})
     status, errors = run(capsys, "tatoeba_de_en", tmp_path / "out", "--source", tmp_path / "twice")
     assert status == 2 and "must hold deu.txt once" in errors[0]
@@ -736,8 +737,8 @@ KILL_POINTS = {
     "inside subwords": ("subwords.learn_codes", 1),
     "after subwords": ("pipeline.make_pieces", 1),
     "inside bin": ("pipeline.parallel_text.sha256_of", 1),
-    "before the end": ("prepare.sync_files", 1),
-    "after the end": ("prepare.shutil.rmtree", 2),
+    "before the end": ("making.sync_files", 1),
+    "after the end": ("making.shutil.rmtree", 2),
 }
 
 

@@ -49,9 +49,10 @@ def parts(results: Path, work: Path, data: Optional[Path], minutes: float) -> Li
     found.append(Part("exchange", words, 3, "exchange/results.txt"))
     if data:
         left = max(2.0, minutes - sum(part.minutes for part in found[1:]) - 2)
-        sweep = [str(ROOT / "recipes/translation/sweep.py"), "--recipe", str(ROOT / "recipes/tatoeba_de_en"), "--no-evaluate"]
-        sweep += ["--runs", str(ROOT / "recipes/tatoeba_de_en/gpu.txt"), "--seeds", "1", "--jobs", "8"]
-        sweep += ["--data", str(data), "--out", str(work / "runs"), "--results", str(results / "training")]
+        tatoeba = ROOT / "recipes/tatoeba_de_en"
+        sweep = [str(ROOT / "recipes/run.py"), "sweep", "--recipe", str(tatoeba), "--runs", str(tatoeba / "gpu.toml"), "--no-evaluate"]
+        sweep += ["--seeds", "1", "--jobs", "8", "--data", str(data), "--out", str(work / "runs")]
+        sweep += ["--results", str(results / "training")]
         found.append(Part("training", python + sweep, left))
         report = ["-m", "fairseq_codistill.report", str(results / "training"), "--out", str(results / "training/report")]
         found.append(Part("training_table", python + report, 1, "training/report/table.md"))

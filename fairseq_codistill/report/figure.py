@@ -28,7 +28,7 @@ AXES = ("updates", "samples", "seconds")
 FORMATS = ("png", "pdf", "svg")
 ONE_COLUMN = 5.0  # inches: a narrower figure has the main panel alone, and no title
 DPI = 200  # of the PNG
-_RC = {
+_RC: Any = {
     "pdf.fonttype": 42,  # TrueType: conferences refuse Type 3
     "svg.hashsalt": "codistill-report",  # the same figure is the same file
     "axes.linewidth": 0.6,
@@ -64,7 +64,8 @@ def draw(report: Report, paths: Sequence[Path], style: Style) -> None:
         is_narrow = style.width < ONE_COLUMN
         height = (0.7 if is_narrow else 0.5) * style.width + 0.16 * rows
         figure = Figure(figsize=(style.width, height), dpi=DPI, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+        layout: Any = figure.get_layout_engine()
+        layout.set(w_pad=0.02, h_pad=0.02)
         _panels(figure, report.methods, style)
         _legend(figure, labels, math.ceil(len(labels) / rows))
         if report.title and not is_narrow:
@@ -196,7 +197,7 @@ def _lines(axes: Any, curves: Sequence[Curve], places: Sequence[Curve], colour: 
         axes.plot(*zip(*mean), linewidth=1.2, marker="o" if len(xs) == 1 else None, **colour)
 
 
-def look(number: int) -> dict[str, str]:
+def look(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
 
 

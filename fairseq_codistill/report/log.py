@@ -127,7 +127,8 @@ class TrainLog:
 
         Empty where the log does not tell how many an update has.
         """
-        total, last, curve = 0.0, 0, []
+        total, last = 0.0, 0.0
+        curve: Curve = []
         for update, size in self.train_curve("bsz"):  # the mean since the record before
             total, last = total + size * (update - last), update
             curve.append((update, total))

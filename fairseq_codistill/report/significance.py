@@ -19,6 +19,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,8 +157,10 @@ def _bootstrap(metric: str, mine: Sequence[Sentences], theirs: Sequence[Sentence
     from sacrebleu.significance import PairedTest
 
     systems = [("baseline", _sum(theirs, metric)), ("method", _sum(mine, metric))]
-    scorers = {metric: _Pooled(_scorers(mine[0].signature)[metric])}
+    scorers: Any = {metric: _Pooled(_scorers(mine[0].signature)[metric])}
     signatures, scores = PairedTest(systems, scorers, None, "bs")()
+    base: Any
+    result: Any
     (name, (base, result)), = ((name, found) for name, found in scores.items() if name != "System")  # fmt: skip
     return result.score, result.score - base.score, result.p_value, f"{name}|{signatures[name]}"
 
@@ -193,7 +196,7 @@ def _read_method(found: Found, method: Method) -> dict[str, list[Sentences]]:
     for run, peer, file in _hypotheses(method):
         # The one seed of a method has no name where it stands in METHOD itself.
         seed = run.name or "seed1"
-        one = found.read(lambda file, peer=peer, seed=seed: _read_sentences(file, peer, seed), file)
+        one = found.read(partial(_read_sentences, peer=peer, seed=seed), file)
         if one:
             read.setdefault(file.name[: -len(".hyp")], []).append(one)
     return read

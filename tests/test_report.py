@@ -261,7 +261,7 @@ def test_real_log_of_a_run_killed_at_25_and_resumed_from_15():
         *[(35, 4.685), (36, 4.678), (40, 4.658), (42, 4.635), (45, 4.629)],
     ]
     assert log.finished and log.update == 45
-    assert log.seconds == 2, "2 s of the first process, less than half a second of the other"
+    assert log.seconds == 3, "2 s of the first process, 1 s of the other, whose wall stands still at 0"
 
 
 def test_what_a_restart_has_not_done_again_is_dropped():
@@ -291,6 +291,16 @@ def test_seconds_of_all_processes_are_added():
     assert report_log.TrainLog.read(first + second).seconds == 85, "the wall clock that falls back tells of a restart"
     longer = [config_line(), loaded_line(10), json_line("train_inner", 20, loss=1, wall=70)]
     assert report_log.TrainLog.read(first + longer).seconds == 130, "and the config line of a process that waited longer"
+
+
+def test_seconds_of_a_resumed_process_whose_wall_stands_still():
+    """fairseq's does, at 0, once it has loaded a checkpoint: the lines' own times tell."""
+    lines = [config_line(), FRESH, json_line("train_inner", 100, loss=4, wall=50)]
+    resumed = [config_line(), loaded_line(100), *(json_line("train_inner", n, loss=4, wall=0) for n in (200, 300))]
+    times = ["01:00:00", "01:00:02", "01:00:30", "01:01:10"]
+    lines += [line.replace("00:00:00", time) for line, time in zip(resumed, times)]
+    log = report_log.TrainLog.read(lines)
+    assert log.clock == {100: 50, 200: 78, 300: 118} and log.seconds == 118
 
 
 def test_garbage_and_torn_lines_are_passed_over(tmp_path):

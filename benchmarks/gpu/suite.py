@@ -50,7 +50,8 @@ def parts(results: Path, work: Path, data: Optional[Path], minutes: float) -> Li
     if data:
         left = max(2.0, minutes - sum(part.minutes for part in found[1:]) - 2)
         tatoeba = ROOT / "recipes/tatoeba_de_en"
-        sweep = [str(ROOT / "recipes/run.py"), "sweep", "--recipe", str(tatoeba), "--runs", str(tatoeba / "gpu.toml"), "--no-evaluate"]
+        sweep = [str(ROOT / "recipes/run.py"), "sweep", "--recipe", str(tatoeba), "--runs", str(tatoeba / "gpu.toml")]
+        sweep += ["--no-evaluate"]
         sweep += ["--seeds", "1", "--jobs", "8", "--data", str(data), "--out", str(work / "runs")]
         sweep += ["--results", str(results / "training")]
         found.append(Part("training", python + sweep, left))

@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "demo" / "run.sh"
 SMALL = {"UPDATES": "12", "VALIDATE": "6", "INTERVAL": "3", "TRAIN_PAIRS": "200", "TEST_PAIRS": "10", "PIECES": "400"}
+SMALL |= {"LAYERS": "1", "WIDTH": "32", "FFN": "32", "TOKENS": "300", "BEAM": "2"}
 
 
 def start_demo(folder: Path, **variables: str) -> subprocess.Popen:
@@ -34,6 +37,7 @@ def processes_of(folder: Path) -> list[str]:
     return [line for line in listing.splitlines() if str(folder) in line and not line.startswith("Z")]
 
 
+@pytest.mark.timeout(900)  # a dozen processes: on a busy machine minutes
 def test_demo_interrupted_and_run_again(warm, tmp_path):
     folder = tmp_path / "demo"
     first = start_demo(folder, COMMANDS=str(warm))

@@ -70,8 +70,9 @@ def codistiller_of(cfg: config.CodistillConfig) -> Codistiller:
 
 def run_of(task: Any, cfg: config.CodistillConfig) -> Run:
     target = task.target_dictionary
+    assert cfg.codistill_peers is not None, "see config.read_environment"
     return Run(
-        config.peers_of(cfg)[1],
+        cfg.codistill_peers,
         None if target is None else teachers.digest(target),
         None if target is None else len(target),
         source_sha256=_sources_sha256(task),

@@ -279,6 +279,16 @@ def test_what_the_pages_point_to_exists(page):
         assert not heading or heading in headings(found), f"{page.name} points to {target}#{heading}, which is not there"
 
 
+@pytest.mark.parametrize("page", ["how_it_works", "development"])
+def test_the_files_and_functions_that_the_maps_name_exist(page):
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", text))
+    missing = {name for name in named if not (PLUGIN / name).exists() and not (ROOT / name).exists()}
+    assert len(named) > 15 and not missing, f"docs/{page}.md names {missing}"
+    for module, function in re.findall(r"`(losses|schedules|codistiller)\.(\w+)`", text):
+        assert re.search(rf"^(def|class) {function}\b", (PLUGIN / f"core/{module}.py").read_text(), re.MULTILINE), function
+
+
 def headings(page):
     """As GitHub makes them addresses."""
     titles = re.findall(r"^#+ (.+)", page.read_text(encoding="utf-8"), re.MULTILINE)

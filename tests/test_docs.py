@@ -63,7 +63,9 @@ def test_what_pages_point_to_outside_docs_is_in_the_site(site):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_modules_that_pages_name_exist(page):
-    for name in re.findall(r"(?:`|python )([\w/]+\.py)\b", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    scripts = [f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (benchmarks[\w.]+)", text)]
+    for name in scripts + re.findall(r"(?:`|python )([\w/]+\.py)\b", text):
         assert (ROOT / name).exists() or list(PLUGIN.rglob(name)), f"{page.name} names {name}, which is not there"
 
 

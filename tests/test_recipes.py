@@ -732,6 +732,19 @@ def test_what_is_scored_is_text(scored):
     assert any("&apos;" in line for line in reference) and any(line != line.lower() for line in raw)
 
 
+def test_what_was_scored_can_be_tested_for_significance(scored, tmp_path, capsys):
+    """The report finds hypotheses and references as evaluate.py leaves them, and computes the BLEU that was recorded."""
+    data, run, _ = scored
+    recorded = [json.loads((run / f"peer{i}/test_average2.sacrebleu.json").read_text())["score"] for i in (0, 1)]
+    assert parallel_text.read_lines(run / "peer1/test_average2.ref") == parallel_text.read_lines(data / "raw/test.en")
+    peers = [f"{name}={run / name / 'train.log'}" for name in ("peer0", "peer1")]
+    assert report.main([*peers, "--baseline", "peer0", "--out", str(tmp_path)]) == 0
+    told = json.loads((tmp_path / "results.json").read_text())["significance"]
+    scores = [one["score"] for one in told if (one["test"], one["metric"]) == ("test_average2", "BLEU")]
+    assert scores == pytest.approx(recorded, abs=0.06) and told[-1]["p"] > 0
+    assert "test_tokenised_average2 BLEU against peer0" in capsys.readouterr().out
+
+
 def test_the_scored_model_is_the_average_of_the_last_two(scored):
     import torch
 

@@ -135,7 +135,10 @@ def test_a_broken_run_hides_no_other(root, capsys):
     translate(root / "torn/seed1/peer0", 0.2, 1)
     (root / "torn/seed1/peer0/test.hyp").write_text("too short\n")
     (root / "good/seed2/peer0/train.log").write_text("fairseq-train: error: unrecognized arguments\n")
+    make_run(root / "unknown/seed1", [[4.0]])
+    translate(root / "unknown/seed1/peer0", 0.2, 1, signature=SIGNATURE.replace("13a", "martian"))
     status, out, error = run_main(capsys, root, "--baseline", "bad")
+    assert "unknown/seed1/peer0/test.hyp was scored as nrefs:1|case:mixed|eff:no|tok:martian" in error
     assert status == 1 and "torn/seed1/peer0/test.hyp must have a line for each of the 60 sentences of" in error
     assert "1/2 seeds" in out and "| torn" in out
 

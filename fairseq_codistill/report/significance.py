@@ -16,7 +16,6 @@ The test is `sacrebleu.significance.PairedTest` (Koehn 2004: 1,000 resamples, se
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -176,9 +175,9 @@ def _scorers(signature: str) -> dict[str, Any]:
 
     said = dict(part.split(":", 1) for part in signature.split("|") if ":" in part)
     lowercase, tokenize = said.get("case", "mixed") == "lc", said.get("tok", "13a")
-    smooth = re.match(r"[\w-]+", said.get("smooth", "exp"))
+    method, _, value = said.get("smooth", "exp").rstrip("]").partition("[")  # exp, or floor[0.10]
     bleu = BLEU(
-        lowercase=lowercase, tokenize=tokenize, smooth_method=smooth[0] if smooth else "exp",
+        lowercase=lowercase, tokenize=tokenize, smooth_method=method, smooth_value=float(value) if value else None,
         effective_order=said.get("eff") == "yes", force=True,
     )  # fmt: skip
     scorers = {"BLEU": bleu} if tokenize == "none" else {"BLEU": bleu, "chrF2": CHRF(lowercase=lowercase)}
@@ -226,9 +225,12 @@ def _read_sentences(file: Path, peer: Peer, seed: str) -> Sentences | None:
     if not references:
         raise ReportError(f"{reference} must hold a sentence in each line, but is empty.")
     signature = next((s.signature for s in peer.scores if (s.test, s.metric) == (file.stem, "BLEU")), "")
+    try:
+        scorers = _scorers(signature)
+    except Exception as error:  # a tokeniser that is not installed, or unknown: RuntimeError, AssertionError, …
+        raise ReportError(f"{file} was scored as {signature}, which sacreBLEU cannot do here: {error}") from None
     statistics = {
-        name: numpy.array(scorer._extract_corpus_statistics(hypotheses, [references]))
-        for name, scorer in _scorers(signature).items()
+        name: numpy.array(scorer._extract_corpus_statistics(hypotheses, [references])) for name, scorer in scorers.items()
     }
     sha256 = hashlib.sha256("\n".join(references).encode("utf-8", "surrogateescape")).hexdigest()
     return Sentences(seed, statistics, signature, sha256, file)

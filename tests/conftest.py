@@ -7,7 +7,6 @@ import torch
 from fairseq_runs import ROOT, preprocess, write_corpus
 from warm import commands
 
-
 # The files that take longest, the longest first: `make test` gives a whole file to a worker (their fixtures train), in this
 # order, so that none of these begins when all else is done.
 LONGEST = [

@@ -203,7 +203,8 @@ def test_sigterm_is_how_a_scheduler_stops_a_peer(data, tmp_path):
 def test_training_goes_on_where_nothing_can_be_published(data, tmp_path, trouble):
     """From its update 20 on peer 0 can write no more; it trains to the end all the same, and says so once for each."""
     folder = tmp_path / "exchange/peer0"
-    words = train_words(data, tmp_path / "peer0", CODISTILL, "--max-update 300 --codistill-interval 20 --no-save --disable-validation")
+    options = "--max-update 300 --codistill-interval 20 --no-save --disable-validation"
+    words = train_words(data, tmp_path / "peer0", CODISTILL, options)
     job = Job(words, peer_environment(0, 2, tmp_path / "exchange"))
     job.wait_for("published update 20")
     if trouble == "full disk":  # of its process: no file may grow beyond a snapshot's header

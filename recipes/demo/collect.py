@@ -75,7 +75,7 @@ def main() -> int:
     for page in pages():
         text = page.read_text(encoding="utf-8")
         page.write_text(PLACE.sub(lambda found: found[1] + rows + found[2], text), encoding="utf-8")
-        print(f"{page.relative_to(ROOT)}: the table is new; its sentences with numbers, such as how long it took, are as they were")
+        print(f"{page.relative_to(ROOT)}: the table is new; sentences with numbers, such as how long it took, are not")
     return 0
 
 

@@ -11,23 +11,24 @@ VENV ?= .venv
 #   make install VENV=path/to/environment TORCH="torch torchaudio"
 TORCH ?= $(shell cat $(VENV)/torch-request 2>/dev/null || echo torch torchaudio torchvision -c constraints.txt)
 
-PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input
+# Bytecode is made at the end, on all cores.
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input --no-compile
 # Commands that the demo and the tests start (fairseq-train, codistill-launch) are found through PATH.
 IN_VENV := PATH="$(abspath $(VENV))/bin:$$PATH"
 
 # Where `make benchmark` and `make soak` put data and runs; their tables and figures go to benchmarks/results.
 BENCHMARKS ?= benchmark-runs
 
-# Files of tests at a time: many a test waits for processes that start.
+# Files of tests at a time, the longest first (tests/conftest.py).
 WORKERS ?= 2
-PYTEST := python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test lint benchmark stress soak gpu test-legacy clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make install      create $(VENV) and install everything that the targets below need'
-	@echo 'make demo         codistillation against its baselines on a corpus of our own: ten minutes on two cores'
+	@echo 'make demo         codistillation against its baselines on a corpus of our own: six minutes on two cores'
 	@echo 'make test         the tests; TESTS=tests/test_losses.py runs some of them'
 	@echo 'make lint         ruff, and mypy on the package'
 	@echo 'make docs         the documentation as a site, in site/; strictly: a broken link is an error'
@@ -126,6 +127,7 @@ $(VENV)/.installed: setup.py constraints.txt $(VENV)/torch-request
 	$(PIP) -c $(VENV)/constraints.txt numpy cython setuptools wheel
 	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation fairseq-fixed
 	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	@$(VENV)/bin/python -m compileall -q -q -j 0 -x '/tests?/' $(VENV)/lib/python3*/site-packages || true # templates are no Python
 	@touch $@
 
 # --- stock fairseq on an old Python ------------------------------------------------------------------------------------

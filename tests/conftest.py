@@ -3,8 +3,21 @@ import signal
 import sys
 
 import pytest
+import torch
 from fairseq_runs import ROOT, preprocess, write_corpus
 from warm import commands
+
+# The files that take longest, the longest first: `make test` gives a whole file to a worker (their fixtures train), in this
+# order, so that none of these begins when all else is done.
+LONGEST = [
+    "test_training", "test_recipes", "test_image_classification", "test_ending", "test_slurm", "test_demo", "test_launch",
+    "test_image_recipes", "test_registration", "test_readme", "test_fused", "test_codistiller", "test_data_prep",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +51,8 @@ def warm_scripts(warm):
         patch.setattr(parallel_text, "PREPROCESS", ("fairseq-preprocess",))
         yield
 
+
+torch.set_num_threads(1)  # each worker has a core
 
 # A shell that starts the tests in the background makes them, and all that they start, deaf to SIGINT; some tests press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -284,7 +284,7 @@ RECIPE_FLAGS = {
     ),
     "demo": dict(
         source_lang="en", target_lang="de", arch="transformer", encoder_layers=2, decoder_embed_dim=128, dropout=0.0,
-        lr=[0.003], max_tokens=1000, max_update=1000, fp16=False,
+        lr=[0.003], max_tokens=700, max_update=900, fp16=False,
     ),
     "iwslt14_de_en": dict(
         source_lang="de", target_lang="en", arch="transformer_wmt_en_de_big", lr=[5e-4], max_tokens=4096, fp16=True, **BIG

@@ -35,7 +35,7 @@ def build(folder: Path, sizes: dict[str, int], vocab: int, seed: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=user_path, required=True)
-    parser.add_argument("--train-pairs", type=grammar_corpus.positive, default=6000)
+    parser.add_argument("--train-pairs", type=grammar_corpus.positive, default=4000)
     parser.add_argument("--test-pairs", type=grammar_corpus.positive, default=500)
     parser.add_argument("--vocab", type=grammar_corpus.positive, default=1500)
     parser.add_argument("--seed", type=int, default=1)

@@ -12,7 +12,7 @@ read_settings() {
     demo="${DEMO_DIR:-$root/demo}"
     mkdir -p "$demo/logs"
     demo="$(cd "$demo" && pwd)"
-    pairs="${TRAIN_PAIRS:-6000}" test_pairs="${TEST_PAIRS:-500}"
+    pairs="${TRAIN_PAIRS:-4000}" test_pairs="${TEST_PAIRS:-500}"
     # Few sentences do not hold 2,000 different pieces.
     pieces="${PIECES:-$((pairs < 3000 ? 500 : 2000))}"
     export DATA="$demo/data" OUT="$demo/runs" SEED=1

@@ -21,8 +21,8 @@ exec "${PYTHON:-python3}" "$root/recipes/run.py" train "$root/recipes/demo" -- \
     --codistill-alpha-schedule constant --codistill-gamma 1.1 --codistill-wait 0 --codistill-alpha-warmup-epochs 0 \
     --codistill-wire-dtype fp32 \
     --codistill-sync --optimizer adam --adam-betas '(0.9, 0.98)' --lr 3e-3 --lr-scheduler inverse_sqrt \
-    --warmup-updates 200 --max-tokens 1000 --max-tokens-valid 4000 --required-batch-size-multiple 1 \
-    --update-freq 1 --max-update 1000 \
+    --warmup-updates 200 --max-tokens 700 --max-tokens-valid 4000 --required-batch-size-multiple 1 \
+    --update-freq 1 --max-update 900 \
     --validate-interval-updates 100 --save-interval-updates 100 --keep-interval-updates 1 \
     --validate-interval 1000000 --save-interval 1000000 --best-checkpoint-metric loss \
     --log-format json --log-interval 100 --num-workers 0 \

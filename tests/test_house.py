@@ -248,6 +248,21 @@ def test_every_option_has_the_prefix():
     assert all(field.metadata.get("help") for field in own if field.name != "_name")
 
 
+def undocumented(path):
+    """What is public in a module, and has no docstring."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        is_public = isinstance(node, ast.Module) or (isinstance(node, ast.ClassDef) and not node.name.startswith("_"))
+        for one in node.body if is_public else ():
+            if isinstance(one, (ast.FunctionDef, ast.ClassDef)) and not one.name.startswith("_") and not ast.get_docstring(one):
+                yield one.name
+
+
+@pytest.mark.parametrize("path", [path for path in ROOMS if name_of(path).startswith(("core.", "exchange."))], ids=name_of)
+def test_what_is_public_in_core_and_exchange_is_documented(path):
+    missing = list(undocumented(path))
+    assert not missing, f"{name_of(path)} says nothing of {missing}"
+
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Their default is none of the options' own: it comes from the environment or from other options.
 COMPUTED = {f"codistill_{name}" for name in ("peer", "peers", "dir", "interval", "alpha", "alpha_max", "alpha_warmup_epochs")}

@@ -42,10 +42,13 @@ _READ = 60.0  # seconds to wait for the teachers' snapshots where the exchange g
 
 @dataclass
 class Codistiller:
-    """Exchanges snapshots every `interval` updates and says, for each update, who teaches and how strongly.
+    """Exchanges snapshots every `interval` updates and says, for each update, who teaches and how strongly: Algorithm 1 of
+    Anil et al. 2018, with checkpoints instead of a parameter server as in §3 of Sodhani et al. 2020 (interval: 2500).
 
+    `peer`: index of this peer, 0 … `peers` − 1; `schedule`: α; `exchange`: None for a run that exchanges nothing;
     `edges`: see `topology`; `wait`: seconds to wait at the start for the first snapshots; `max_staleness`: updates after
     which a snapshot no longer teaches; `lockstep`: wait for the teachers' snapshot of the very same update;
+    `peer_dtype`: precision of the copies (None: the model's; int8: matrices in 8 bits);
     `wire_dtype`: what floats travel as (None: float32 as bfloat16, others as they are); `in_background`: exchange beside
     the training, unless in lockstep; `updates`: where training ends, if known; `needs_peers`: False for the smoothing
     controls, which need no peer; `frozen`: offline teachers; `every`: distil on every k-th update only.
@@ -114,9 +117,8 @@ class Codistiller:
     def teaching(self, update: int) -> Optional[Teaching]:
         """The peers that teach in this update (0, 1, …), or None: α is 0, no peer can, or `every` skips this update.
 
-        Exchanges first, when that is due.
-
-        Idempotent per update (micro-batches, a re-run).
+        Exchanges first, when that is due. Idempotent per update (micro-batches, a re-run). Raises ValueError at the first
+        update alone, on every rank: where this peer's folder holds another run, or the storage does not answer.
         """
         if update != self._update:
             first, self._update = self._update is None, update
@@ -125,7 +127,7 @@ class Codistiller:
         return self.teachers.at(self.epoch, update)
 
     def drain(self, seconds: float) -> None:
-        """Wait for what is being published, but no longer than `seconds`; nothing new is begun."""
+        """Wait for what is being published, but no longer than `seconds`; nothing new is begun. Never raises."""
         if self._moves is not None:
             self._moves.drain(seconds)
 
@@ -135,7 +137,10 @@ class Codistiller:
         return self._update is not None and (self.updates is None or self._update + 1 >= self.updates)
 
     def end(self, completed: bool) -> None:
-        """Training is over: publish the last weights, so that a slower peer still has a teacher, and leave."""
+        """Training is over: publish the last weights, so that a slower peer still has a teacher, and leave.
+
+        `completed`: False where training was broken off, so that nothing is published. Never raises; it ends in time even
+        where the storage hangs (30 to 300 s, by the size of a snapshot)."""
         if self._left or self.exchange is None or not self._leads:
             return
         self._left = True

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 
 def is_grouped() -> bool:
+    """Whether this process is one of several ranks of `torch.distributed`'s default group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -86,6 +86,7 @@ class Usable:
         self.count = 0
 
     def add(self, bad_N: Tensor) -> None:
+        """Count a peer's dropped rows: booleans [N]."""
         self.bad_N = bad_N.int() if self.bad_N is None else self.bad_N.add_(bad_N)
         self.count += 1
 

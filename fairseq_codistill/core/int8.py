@@ -16,9 +16,11 @@ class RowsIn8Bits(nn.Module):
     """A weight [R, …] as int8 [R, …] and scales [R, 1, …]: torch's parametrization, so `module.weight` is a float as ever."""
 
     def forward(self, whole: Tensor, scale: Tensor) -> Tensor:
+        """The weight, in the scale's dtype: `whole` [R, …] of int8 times `scale` [R, 1, …]."""
         return whole.to(scale.dtype).mul_(scale)
 
     def right_inverse(self, weight: Tensor) -> Tuple[Tensor, Tensor]:
+        """A weight [R, …] as (int8 of the same shape, a scale for each row [R, 1, …]): largest magnitude ↦ 127."""
         largest = weight.abs().flatten(1).amax(1).view(-1, *[1] * (weight.dim() - 1))
         # In the weight's own dtype, and numbers by the rounded scale, so that the rounding of the scale costs nothing.
         scale = largest / 127

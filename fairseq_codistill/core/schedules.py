@@ -83,6 +83,7 @@ class AlphaSchedule:
     warmup: int = 0
 
     def at(self, epoch: int, update: int) -> float:
+        """α in epoch 1, 2, … at update 0, 1, …; see `alpha_at`."""
         return alpha_at(
             self.name, epoch, update, alpha=self.alpha, gamma=self.gamma, step=self.step,
             milestones=self.milestones, maximum=self.maximum, burn_in=self.burn_in, warmup=self.warmup,

@@ -58,6 +58,7 @@ class Totals:
     waited_s: float = 0.0
 
     def to_json(self) -> str:
+        """One line, seconds rounded to milliseconds, as the log has it."""
         return json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()})
 
 

@@ -66,6 +66,7 @@ class DirectoryStore:
         self._claims: Dict[str, _Claim] = {}
 
     def read(self, name: str, limit: int) -> Union[bytes, bytearray, None]:
+        """As `MemoryStore.read`; BadSnapshot also for what is no plain file. Raises OSError."""
         for _ in range(_STALE_TRIES):
             try:
                 return self._read(name, limit)
@@ -92,6 +93,7 @@ class DirectoryStore:
             os.close(descriptor)
 
     def write(self, name: str, data: bytes, replace: bool = True) -> bool:
+        """As `MemoryStore.write`: a temporary file, synced, then renamed or linked. Raises OSError."""
         parent, last = self._place(name, make=True)
         aside = _TEMPORARY + secrets.token_hex(8)
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o600, dir_fd=parent.descriptor)
@@ -115,11 +117,13 @@ class DirectoryStore:
                 os.unlink(aside, dir_fd=parent.descriptor)
 
     def remove(self, name: str) -> None:
+        """As `MemoryStore.remove`. Never raises: a leftover costs room, and nothing else."""
         with contextlib.suppress(OSError):
             parent, last = self._place(name)
             os.unlink(last, dir_fd=parent.descriptor)
 
     def names(self, folder: str) -> List[str]:
+        """As `MemoryStore.names`; none where the folder cannot be read."""
         try:
             opened = self._folder(folder)
             return sorted(os.listdir(opened.descriptor))
@@ -133,6 +137,7 @@ class DirectoryStore:
                 self.remove(f"{folder}/{name}")
 
     def claim(self, folder: str) -> bool:
+        """As `MemoryStore.claim`, by a file lock that ends with the process. Raises OSError, ValueError."""
         self._claims[folder] = claim = self._hold(folder)
         return claim.lock is not None
 
@@ -145,6 +150,7 @@ class DirectoryStore:
             return None
 
     def release(self, folder: str) -> None:
+        """Give back what `claim` took; nothing where it took nothing."""
         claim = self._claims.pop(folder, None)
         if claim is not None and claim.lock is not None:
             lock_file.release(claim.lock)

@@ -17,10 +17,12 @@ _Token = Optional[Tuple[str, int]]
 
 
 def host_name() -> str:
+    """This host, in at most 200 characters."""
     return socket.gethostname()[:200]
 
 
 def folder_of(peer: int) -> str:
+    """The folder of a peer in a store."""
     return f"peer{peer}"
 
 

@@ -88,6 +88,7 @@ def _sign(descriptor: int, found: os.stat_result) -> None:
 
 
 def release(descriptor: int) -> None:
+    """Give the lock back: it ends with the descriptor. Raises OSError."""
     found = os.fstat(descriptor)
     _MINE.discard((found.st_dev, found.st_ino))
     os.close(descriptor)
@@ -123,6 +124,7 @@ def _is_locked(descriptor: int) -> Optional[bool]:
 
 
 def two_peers(folder: str, holder: str) -> str:
+    """The sentence for a peer whose folder another process holds."""
     return (
         f"{folder} is already alive ({holder}); each peer needs an index of its own: "
         "did you forget --codistill-peer (or CODISTILL_PEER)?"

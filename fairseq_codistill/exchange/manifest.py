@@ -51,6 +51,7 @@ class Manifest:
     structure: Dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Bytes:
+        """The file's contents, with a digest over all fields."""
         return sealed(dataclasses.asdict(self))
 
     @staticmethod
@@ -121,6 +122,7 @@ def _number(value: Any) -> bool:
 
 
 def is_run_id(value: object) -> bool:
+    """Whether it is 8 to 64 hexadecimal digits."""
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{8,64}", value) is not None
 
 
@@ -157,10 +159,12 @@ _CHECKS = {
 
 
 def file_name(update: int) -> str:
+    """The file of the weights at `update`, in the peer's folder."""
     return f"u{update:09d}.safetensors"
 
 
 def manifest_name(update: int) -> str:
+    """The file of the manifest at `update`, in the peer's folder."""
     return f"u{update:09d}.json"
 
 
@@ -187,6 +191,7 @@ class Heartbeat:
     seed: Optional[int] = None
 
     def to_json(self) -> bytes:
+        """The file's contents, with a digest over all fields."""
         return sealed({_key(field): getattr(self, field.name) for field in dataclasses.fields(self)})
 
     @staticmethod

@@ -34,6 +34,7 @@ class Run:
     seed: Optional[int] = None
 
     def to_json(self) -> bytes:
+        """The file's contents, without `seed`."""
         fields = dataclasses.asdict(self)
         del fields["seed"]
         return json.dumps({name: v for name, v in fields.items() if v is not None or name in _ALWAYS}, indent=1).encode()

@@ -115,6 +115,7 @@ class Buffer:
 
     @staticmethod
     def of(weights: Weights, wire: Optional[torch.dtype] = None) -> Buffer:
+        """A buffer that is filled with these weights already."""
         buffer = Buffer(weights, wire)
         buffer.fill(weights)()
         return buffer
@@ -164,6 +165,7 @@ def _kind(tensor: Tensor, wire: Optional[torch.dtype]) -> torch.dtype:
 
 
 def checksum(data: Union[bytes, memoryview]) -> str:
+    """`sha256:` and 64 hexadecimal digits."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 

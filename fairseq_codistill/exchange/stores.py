@@ -36,6 +36,7 @@ class MemoryStore:
             return True
 
     def remove(self, name: str) -> None:
+        """Remove `name`; nothing where it is not there. Never raises."""
         self._files.pop(name, None)
 
     def names(self, folder: str) -> List[str]:
@@ -60,6 +61,7 @@ class MemoryStore:
         return folder in self._live
 
     def release(self, folder: str) -> None:
+        """Give back what `claim` took; nothing where it took nothing."""
         self._live.discard(folder)
 
     def __str__(self) -> str:

@@ -75,6 +75,7 @@ class UrlStore:
         self._create = {"mode": "create"} if "mode" in inspect.signature(put).parameters else {}
 
     def read(self, name: str, limit: int) -> Optional[bytes]:
+        """As `MemoryStore.read`; BadSnapshot also where the server does not answer or refuses."""
         try:
             return self._patiently(lambda: self._whole(name, limit))
         except FileNotFoundError:
@@ -99,10 +100,12 @@ class UrlStore:
         return True
 
     def remove(self, name: str) -> None:
+        """As `MemoryStore.remove`. Never raises: a leftover costs room, and nothing else."""
         with contextlib.suppress(OSError):
             self._ask("rm_file", self._path(name))
 
     def names(self, folder: str) -> List[str]:
+        """As `MemoryStore.names`. Raises OSError."""
         path = self._path(folder)
         try:
             found = self._ask("ls", path, detail=False)
@@ -125,12 +128,15 @@ class UrlStore:
                     self._ask("call_s3", "abort_multipart_upload", **options)
 
     def claim(self, folder: str) -> bool:
+        """False: object stores have no locks, so heartbeats tell who holds a folder."""
         return False  # object stores have no locks
 
     def held(self, folder: str) -> Optional[bool]:
+        """None: without locks that cannot be seen."""
         return None
 
     def release(self, folder: str) -> None:
+        """Nothing, since nothing was claimed."""
         pass
 
     def __str__(self) -> str:

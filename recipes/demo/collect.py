@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "recipes/demo/results"
 sys.path.insert(0, str(ROOT / "recipes"))
 from paths import user_path  # noqa: E402
-from sweeping import without_paths  # noqa: E402
+from runner.sweeping import without_paths  # noqa: E402
 
 KEPT = ("*/seed1/command.txt", "*/seed1/peer*/train.log", "*/seed1/peer*/*.sacrebleu.json", "*/seed1/*.sacrebleu.json")
 REPORT = ("table.md", "results.json", "curves.png")

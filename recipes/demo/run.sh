@@ -17,7 +17,7 @@ read_settings() {
     pieces="${PIECES:-$((pairs < 3000 ? 500 : 2000))}"
     export DATA="$demo/data" OUT="$demo/runs" SEED=1
     # As in recipe.toml, which has all the others.
-    UPDATES="${UPDATES:-1000}" DISTANCE="${DISTANCE:-ce}"
+    UPDATES="${UPDATES:-900}" DISTANCE="${DISTANCE:-ce}"
     cores="$(python -c 'import os; print(len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)))')"
 }
 

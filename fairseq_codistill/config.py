@@ -14,6 +14,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from .common.paths import expanded
+from .core.gate import GATES
 from .core.losses import AGGREGATES, CONTROLS, DISTANCES
 from .core.schedules import ALPHA_SCHEDULES
 from .core.topology import edges_of
@@ -66,6 +67,11 @@ class CodistillConfig(FairseqDataclass):
     codistill_topology: str = _option("all", "whom I learn from: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
     codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(
         "pairwise", "pairwise: mean of the distances; mean: distance to the peers' mean prediction"
+    )
+    codistill_gate: ChoiceEnum(list(GATES)) = _option(
+        "none",
+        "weight of the distance at each position, by the probabilities that the peer and this model give the target; soft: "
+        "min(1, peer's/own); hard: 1 where the peer's is higher, else 0; none: 1",
     )
     codistill_peer_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
         None,
@@ -153,6 +159,7 @@ def check(cfg: CodistillConfig) -> None:
     if any(later <= earlier for earlier, later in zip([0.0, *milestones], milestones)):
         raise ValueError(f"codistill_milestones must be epochs that increase, from above 0, but is {cfg.codistill_milestones}.")
     _check_milestones_used(cfg, milestones)
+    _check_levers(cfg)
     if cfg.ddp_backend == "fully_sharded" and active(cfg):
         raise ValueError(
             "codistill_ce cannot publish the weights of --ddp-backend fully_sharded, whose ranks hold a shard each; "
@@ -224,6 +231,14 @@ def _check_milestones_used(cfg: CodistillConfig, milestones: List[float]) -> Non
         raise ValueError(
             "codistill_weight_decays must be one number, not negative, before and after each milestone, so "
             f"{len(milestones) + 1} for {len(milestones)} milestones, but is {cfg.codistill_weight_decays}."
+        )
+
+
+def _check_levers(cfg: CodistillConfig) -> None:
+    if str(cfg.codistill_gate) != "none" and str(cfg.codistill_loss) in CONTROLS:
+        raise ValueError(
+            f"codistill_gate must be none with --codistill-loss {cfg.codistill_loss}, which has no peer to compare with, but "
+            f"is {cfg.codistill_gate} instead."
         )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import config, hook, teachers
 from .core.codistiller import AlphaSchedule, Codistiller, Teaching
 from .core.fused import Objective, Peer, Sums, agrees, fused
+from .core.gate import gate_of
 from .core.guard import Warner
 from .core.losses import AGGREGATES, CONTROLS, uniform, unigram
 from .core.output_layer import first, output_layer, projection, replaced
@@ -50,6 +51,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         self.distance_name = str(cfg.codistill_loss)
         self.aggregate = str(cfg.codistill_aggregate)
         self.temperature = cfg.codistill_temperature
+        self.gate = str(cfg.codistill_gate)
         self._layers: WeakKeyDictionary = WeakKeyDictionary()  # of each model its output layer, or None
         self._frequencies: Optional[Tensor] = None
         self._gives_logits: Optional[bool] = None
@@ -99,7 +101,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         target_N = sample["target"].reshape(-1)
         kept = (target_N != self.padding_idx).nonzero().squeeze(-1)
         peers = self._peers_features(teaching, sample["net_input"], layers[1:], kept)
-        objective = Objective(self.distance_name, self.aggregate, self.temperature, teaching.alpha)
+        objective = Objective(self.distance_name, self.aggregate, self.temperature, teaching.alpha, self.gate)
         sums: List[Sums] = []
 
         def loss_of(features: Tensor) -> Tensor:
@@ -111,7 +113,8 @@ class CodistillCriterion(CrossEntropyCriterion):
         with replaced(layers[0], loss_of):
             loss = first(model(**sample["net_input"]))
         positions = torch.tensor(kept.numel(), device=kept.device)
-        return loss, sums[0].nll, self._log(teaching, sums[0].distance, positions, sums[0].agreement, sums[0].dropped)
+        gate = None if self.gate == "none" else sums[0].gate
+        return loss, sums[0].nll, self._log(teaching, sums[0].distance, positions, sums[0].agreement, sums[0].dropped, gate)
 
     def _peers_features(self, teaching: Teaching, net_input, layers: Sequence[nn.Linear], kept: Tensor) -> List[Peer]:
         """What goes into each peer's output layer, at the kept positions, and that layer."""
@@ -138,7 +141,8 @@ class CodistillCriterion(CrossEntropyCriterion):
 
     def distance(self, model, net_output, sample, teaching: Teaching) -> Tuple[Tensor, Dict[str, Any]]:
         """D at each position, 0 at padding: [N]; and the sums to log."""
-        kept_N = model.get_targets(sample, net_output).reshape(-1) != self.padding_idx
+        target_N = model.get_targets(sample, net_output).reshape(-1)
+        kept_N, gate = target_N != self.padding_idx, gate_of(self.gate, target_N.clamp_min(0))
         own_NV = self.scores(model, net_output)
         agreement: List[Tensor] = []
         dropped: List[Tensor] = []
@@ -146,26 +150,32 @@ class CodistillCriterion(CrossEntropyCriterion):
             distance_N = self._smoothing(own_NV)
         else:
             predictions = self._peers_scores(teaching, sample["net_input"], own_NV, kept_N, agreement)
-            distance_N = AGGREGATES[self.aggregate](self.distance_name, own_NV, predictions, self.temperature, dropped)
+            distance_N = AGGREGATES[self.aggregate](
+                self.distance_name, own_NV, predictions, self.temperature, dropped, gate
+            )  # fmt: skip
         distance_N = distance_N.masked_fill(~kept_N, 0)
         positions = kept_N.sum()
         if not agreement:
             return distance_N, self._log(teaching, distance_N.sum().data, positions)
         counts = torch.stack([(bad_N & kept_N).sum() for bad_N in dropped])
         shared = sum(agreement) / len(agreement)
-        return distance_N, self._log(teaching, distance_N.sum().data, positions, shared, counts)
+        weights = None if gate is None else gate.mean().masked_fill(~kept_N, 0).sum()
+        return distance_N, self._log(teaching, distance_N.sum().data, positions, shared, counts, weights)
 
     def _log(
         self, teaching: Teaching, distance: Tensor, positions: Tensor, agreement: Optional[Tensor] = None,
-        dropped: Optional[Tensor] = None,
+        dropped: Optional[Tensor] = None, gate: Optional[Tensor] = None,
     ) -> Dict[str, Any]:  # fmt: skip
-        """What `reduce_metrics` adds up. `dropped`: of each peer, the positions at which it may not teach."""
+        """What `reduce_metrics` adds up. `dropped`: of each peer, the positions at which it may not teach; `gate`: the sum of
+        the positions' weights."""
         log = {
             "codistill_loss": distance,
             "codistill_weighted": teaching.alpha * distance,
             "codistill_positions": positions,
             "codistill_alpha": teaching.alpha * positions,
         }
+        if gate is not None:
+            log["codistill_gate"] = gate
         if agreement is not None:
             log["codistill_staleness"] = teaching.staleness * positions
             log["codistill_agreement"] = agreement
@@ -213,14 +223,15 @@ class CodistillCriterion(CrossEntropyCriterion):
         metrics.log_scalar("nll_loss", total["nll_loss"] / ntokens / math.log(2), ntokens, round=3)
         metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
         if total["codistill_positions"] != 0:
-            _log_teaching(total, taught_by_peers=any("codistill_agreement" in log for log in logging_outputs))
+            logged = {name for log in logging_outputs for name in log}
+            _log_teaching(total, taught_by_peers="codistill_agreement" in logged, gated="codistill_gate" in logged)
         for meters in metrics.get_active_aggregators():
             distance = meters.get("codistill_loss")
             if distance is not None and distance.count > 0:
                 distance.count = meters["loss"].count  # with what was trained on, but not taught
 
 
-def _log_teaching(total: Dict[str, Any], taught_by_peers: bool) -> None:
+def _log_teaching(total: Dict[str, Any], taught_by_peers: bool, gated: bool) -> None:
     sample_size, positions, distance = total["sample_size"], total["codistill_positions"], total["codistill_loss"]
     metrics.log_scalar("codistill_loss", distance / sample_size / math.log(2), sample_size, round=4)
     # Each α counts as much as the distance that it weighs; where all distances are 0, the last α is shown.
@@ -229,6 +240,8 @@ def _log_teaching(total: Dict[str, Any], taught_by_peers: bool) -> None:
     if taught_by_peers:
         metrics.log_scalar("codistill_staleness", total["codistill_staleness"] / positions, positions, round=1)
         metrics.log_scalar("codistill_agreement", total["codistill_agreement"] / positions, positions, round=3)
+    if gated:
+        metrics.log_scalar("codistill_gate", total["codistill_gate"] / positions, positions, round=3)
     if total["codistill_dropped"] > 0:
         metrics.log_scalar("codistill_dropped", total["codistill_dropped"] / positions, positions, round=4)
 
@@ -236,7 +249,7 @@ def _log_teaching(total: Dict[str, Any], taught_by_peers: bool) -> None:
 _SUMMED = (
     "loss", "nll_loss", "ntokens", "sample_size",
     "codistill_loss", "codistill_weighted", "codistill_positions", "codistill_alpha", "codistill_staleness",
-    "codistill_agreement", "codistill_dropped",
+    "codistill_agreement", "codistill_dropped", "codistill_gate",
 )  # fmt: skip
 
 

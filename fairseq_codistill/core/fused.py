@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import guard
+from .gate import Gate, at_target, gate_of
 from .losses import AGGREGATE_GRADIENTS, DISTANCES, unfit
 from .output_layer import compute_dtype
 
@@ -46,6 +47,7 @@ class Objective:
     aggregate: str = "pairwise"
     temperature: float = 1.0
     alpha: float = 1.0
+    gate: str = "none"  # see `gate`
 
 
 class Sums(NamedTuple):
@@ -56,6 +58,7 @@ class Sums(NamedTuple):
     distance: Tensor
     agreement: Tensor  # positions at which a peer's top class is mine, mean over the peers
     dropped: Tensor  # of each peer, the positions at which it may not teach (see `guard`)
+    gate: Tensor  # the positions' weights, mean over the peers; 0 without a gate
 
 
 def fused(
@@ -112,7 +115,7 @@ class _Run:
         self.dtype = weight_VC.dtype
         self.wide = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
         self.scale = _FP16_SCALE if self.dtype == torch.float16 else 1.0
-        self.nll, self.distance, self.agreement = (weight_VC.new_zeros((), dtype=self.wide) for _ in range(3))
+        self.nll, self.distance, self.agreement, self.gate = (weight_VC.new_zeros((), dtype=self.wide) for _ in range(4))
         self.dropped = weight_VC.new_zeros(peers, dtype=torch.long)
         self.to_features: List[Tensor] = []
         self.to_weight_VC = torch.zeros_like(weight_VC, dtype=self.wide) if needed[1] else None
@@ -132,8 +135,11 @@ class _Run:
                 yield peer_nV
                 del peer_nV  # before the next one is made
 
-        value_n, gradient_nV = _distance(self.objective, own, logits(), behind, dropped)
-        self.nll += (own.log_total_n - own.logits_nV.gather(-1, target_n.unsqueeze(-1)).squeeze(-1)).sum()
+        gate = gate_of(self.objective.gate, target_n)
+        value_n, gradient_nV = _distance(self.objective, own, logits(), behind, dropped, gate)
+        if gate is not None:
+            self.gate += gate.mean().sum()
+        self.nll += (own.log_total_n - at_target(own.logits_nV, target_n)).sum()
         self.distance += value_n.sum()
         self.agreement += sum(agreement) / len(agreement)
         self.dropped += torch.stack([bad_n.sum() for bad_n in dropped])
@@ -164,7 +170,7 @@ class _Run:
                 self.to_weight_VC.div_(self.scale)
         loss = self.nll + self.objective.alpha * self.distance
         gradients = (to_features, self.to_weight_VC, self.to_bias_V)
-        return (loss, self.nll, self.distance, self.agreement, self.dropped), gradients
+        return (loss, self.nll, self.distance, self.agreement, self.dropped, self.gate), gradients
 
 
 class _Own:
@@ -186,36 +192,65 @@ class _Own:
             self._at[temperature] = probs_nV, self._log_total(self._highest_n / temperature, probs_nV)
         return self._at[temperature]
 
+    def log_prob(self, target_n: Tensor, temperature: float) -> Tensor:
+        """log softmax(logits/τ) at the target, [n]."""
+        return at_target(self.logits_nV, target_n) / temperature - self.at(temperature)[1]
+
     def _log_total(self, highest_n: Tensor, probs_nV: Tensor) -> Tensor:
         # From the largest class, whose probability is at least 1/V, so that nothing underflows.
         return highest_n - probs_nV.gather(-1, self.top_n.unsqueeze(-1)).squeeze(-1).log()
 
 
 def _distance(
-    objective: Objective, own: _Own, peers, behind: List[Tensor], dropped: List[Tensor]
+    objective: Objective, own: _Own, peers, behind: List[Tensor], dropped: List[Tensor], gate: Optional[Gate]
 ) -> Tuple[Tensor, Tensor]:  # fmt: skip
     """D [n] and ∂D/∂logits [n, V], for the logits that `peers` yields one after another, each with its `guard.behind` at the
     end of `behind`. `dropped`: see `losses`."""
     name, temperature = objective.distance, objective.temperature
     if name not in _CLOSED:
-        return AGGREGATE_GRADIENTS[objective.aggregate](name, own.logits_nV, peers, temperature, dropped)
+        return AGGREGATE_GRADIENTS[objective.aggregate](name, own.logits_nV, peers, temperature, dropped, gate)
     prepare, compare = _CLOSED[name]
     teachers = map(lambda peer_nV: prepare(peer_nV, temperature), peers)
     factor = temperature if DISTANCES[name].mean_of == "probabilities" else 2 / own.logits_nV.size(-1)
     if objective.aggregate == "mean":
-        return _to_mean(name, own, teachers, temperature, factor, behind, dropped)
+        return _to_mean(name, own, teachers, temperature, factor, behind, dropped, gate)
     total: Optional[Tuple[Tensor, Tensor]] = None
     for teacher_nV in teachers:
+        log_prob_n = None if gate is None else _log_prob(name, teacher_nV, gate.target_N)
         *both, bad_n = _usable(name, own, *compare(own, teacher_nV, temperature), behind[-1], temperature)
         dropped.append(bad_n)
-        total = _plus(total, both)
+        total = _plus(total, both, _weights(name, own, log_prob_n, temperature, bad_n, gate))
         del teacher_nV, both
     count = len(dropped)
     return total[0] / count, total[1].mul_(factor / count)
 
 
-def _plus(total: Optional[Tuple[Tensor, Tensor]], more: Sequence[Tensor]) -> Tuple[Tensor, Tensor]:
-    return (more[0], more[1]) if total is None else (total[0] + more[0], total[1].add_(more[1]))
+def _plus(
+    total: Optional[Tuple[Tensor, Tensor]], more: Sequence[Tensor], weight_n: Optional[Tensor]
+) -> Tuple[Tensor, Tensor]:  # fmt: skip
+    value_n, gradient_nV = more
+    if weight_n is None:
+        return (value_n, gradient_nV) if total is None else (total[0] + value_n, total[1].add_(gradient_nV))
+    value_n, weight_n1 = value_n * weight_n, weight_n.unsqueeze(-1)
+    if total is None:
+        return value_n, gradient_nV.mul_(weight_n1)
+    return total[0] + value_n, total[1].addcmul_(gradient_nV, weight_n1)
+
+
+def _log_prob(name: str, teacher_nV: Tensor, target_n: Tensor) -> Tensor:
+    """A peer's log-probability of the target, [n]: from what `_CLOSED` prepared."""
+    if DISTANCES[name].mean_of == "probabilities":
+        return at_target(teacher_nV, target_n).log()
+    return at_target(teacher_nV, target_n) - teacher_nV.logsumexp(-1)
+
+
+def _weights(
+    name: str, own: _Own, log_prob_n: Optional[Tensor], temperature: float, bad_n: Tensor, gate: Optional[Gate]
+) -> Optional[Tensor]:  # fmt: skip
+    if gate is None or log_prob_n is None:
+        return None
+    at = temperature if DISTANCES[name].mean_of == "probabilities" else 1.0
+    return gate.weigh(own.log_prob(gate.target_N, at), log_prob_n, bad_n)
 
 
 def _usable(
@@ -231,7 +266,8 @@ def _usable(
 
 
 def _to_mean(
-    name: str, own: _Own, teachers, temperature: float, factor: float, behind: List[Tensor], dropped: List[Tensor]
+    name: str, own: _Own, teachers, temperature: float, factor: float, behind: List[Tensor], dropped: List[Tensor],
+    gate: Optional[Gate],
 ) -> Tuple[Tensor, Tensor]:  # fmt: skip
     """As `_distance`, to the mean of the peers' rows that are usable."""
     mean_nV, usable = None, guard.Usable()
@@ -241,10 +277,15 @@ def _to_mean(
         guard.zeroed(dropped[-1], teacher_nV)
         mean_nV = teacher_nV if mean_nV is None else mean_nV.add_(teacher_nV)
         del teacher_nV
-    compare = _CLOSED[name][1]
-    value_n, gradient_nV, bad_n = _usable(name, own, *compare(own, usable.mean(mean_nV), temperature))
+    usable.mean(mean_nV)
+    log_prob_n = None if gate is None else _log_prob(name, mean_nV, gate.target_N)
+    value_n, gradient_nV, bad_n = _usable(name, own, *_CLOSED[name][1](own, mean_nV, temperature))
     dropped[:] = [mask_n | bad_n for mask_n in dropped]
-    return usable.weigh(value_n), usable.weigh(gradient_nV.mul_(factor))
+    weight_n = _weights(name, own, log_prob_n, temperature, bad_n, gate)
+    if weight_n is None:
+        return usable.weigh(value_n), usable.weigh(gradient_nV.mul_(factor))
+    usable.weigh(weight_n)
+    return value_n * weight_n, gradient_nV.mul_((weight_n * factor).unsqueeze(-1))
 
 
 # For each distance with a closed form: a peer's logits made comparable, whose mean may be taken; then D, and ∂D/∂logits

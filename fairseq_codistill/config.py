@@ -64,6 +64,7 @@ class CodistillConfig(FairseqDataclass):
         "ce; no growth for uniform and unigram; no limit for the other schedules)",
     )
     codistill_burn_in: int = _option(0, "updates before which α is 0 and no peer is run")
+    codistill_alpha_warmup: int = _option(0, "updates in which α grows from 0 to its full size, after the burn-in")
     codistill_topology: str = _option("all", "whom I learn from: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
     codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(
         "pairwise", "pairwise: mean of the distances; mean: distance to the peers' mean prediction"
@@ -205,6 +206,7 @@ _RULES = (
     ("codistill_alpha_step", _finite(lambda v: True), "a finite number"),
     ("codistill_alpha_max", lambda v: v >= 0, "a number, not negative (inf: no limit)"),
     ("codistill_burn_in", lambda v: v >= 0, "a number of updates, not negative"),
+    ("codistill_alpha_warmup", lambda v: v >= 0, "a number of updates, not negative"),
     ("codistill_wait", _finite(lambda v: v >= 0), "a finite number of seconds, not negative"),
     ("codistill_max_staleness", lambda v: v >= 1, "at least 1 update"),
 )

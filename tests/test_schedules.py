@@ -30,6 +30,21 @@ def test_burn_in_is_counted_in_updates():
     assert values == {0: 0.0, 99: 0.0, 100: 1.0, 101: 1.0}
 
 
+def test_the_warmup_begins_after_the_burn_in():
+    def values(**settings):
+        updates = (0, 99, 100, 101, 125, 149, 150, 10**6)
+        return [pytest.approx(alpha_at("constant", 3, update, alpha=2.0, **settings)) for update in updates]
+
+    assert values(burn_in=100, warmup=50) == [0, 0, 0, 0.04, 1.0, 1.96, 2.0, 2.0]
+    assert values(warmup=200) == [0, 0.99, 1.0, 1.01, 1.25, 1.49, 1.5, 2.0]
+    assert values(burn_in=100) == [0, 0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+
+
+def test_the_warmup_is_of_the_limited_alpha():
+    settings = dict(alpha=1.0, gamma=2.0, maximum=3.0, warmup=10)
+    assert [alpha_at("exponential", epoch, 5, **settings) for epoch in (1, 2, 3)] == [0.5, 1.0, 1.5]
+
+
 def test_a_very_long_run_does_not_overflow():
     assert alpha_at("exponential", 10**6, 1, alpha=1.0, gamma=1.5) < float("inf")
 

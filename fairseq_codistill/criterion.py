@@ -281,7 +281,7 @@ def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
         schedule=AlphaSchedule(
             str(cfg.codistill_alpha_schedule), cfg.codistill_alpha, cfg.codistill_gamma, cfg.codistill_alpha_step,
             config.numbers(cfg, "codistill_milestones"), cfg.codistill_alpha_max, cfg.codistill_burn_in,
-            cfg.codistill_alpha_warmup,
+            cfg.codistill_alpha_warmup, cfg.codistill_until,
         ),
         exchange=Exchange(open_store(cfg.codistill_dir), peer, restarted=config.is_restart()) if exchanges else None,
         edges=edges_of(cfg.codistill_topology, peers),

@@ -52,6 +52,8 @@ BAD = [
     (dict(burn_in=-1), "codistill_burn_in must be a number of updates, not negative, but is -1 instead."),
     (dict(gate="hard", loss="uniform"), "codistill_gate must be none with --codistill-loss uniform, which has no peer to"),
     (dict(alpha_warmup=-1), "codistill_alpha_warmup must be a number of updates, not negative, but is -1 instead."),
+    (dict(until=0), "codistill_until must be at least 1 update, but is 0 instead."),
+    (dict(burn_in=9, until=9), "codistill_until must be above codistill_burn_in, which is 9, but is 9 instead, so that no"),
     (dict(wait=-1.0), "codistill_wait must be a finite number of seconds"),
     (dict(max_staleness=0), "codistill_max_staleness must be at least 1 update"),
     (dict(milestones="30,15"), "codistill_milestones must be epochs that increase, from above 0, but is 30,15."),

@@ -45,6 +45,12 @@ def test_the_warmup_is_of_the_limited_alpha():
     assert [alpha_at("exponential", epoch, 5, **settings) for epoch in (1, 2, 3)] == [0.5, 1.0, 1.5]
 
 
+def test_until_is_the_first_update_that_is_not_taught():
+    settings = dict(alpha=1.0, burn_in=100, until=500)
+    values = {update: alpha_at("constant", 3, update, **settings) for update in (99, 100, 499, 500, 10**6)}
+    assert values == {99: 0.0, 100: 1.0, 499: 1.0, 500: 0.0, 10**6: 0.0}
+
+
 def test_a_very_long_run_does_not_overflow():
     assert alpha_at("exponential", 10**6, 1, alpha=1.0, gamma=1.5) < float("inf")
 

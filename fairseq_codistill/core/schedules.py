@@ -56,13 +56,15 @@ def alpha_at(
     maximum: Optional[float] = None,
     burn_in: int = 0,
     warmup: int = 0,
+    until: Optional[int] = None,
 ) -> float:
     """α for this epoch and update (0, 1, …): 0 before update `burn_in` (Anil et al., Algorithm 1), never above `maximum`.
+    It is 0 again from update `until` on: with until = 500, update 499 is the last that is taught.
 
     With `warmup` it grows from there by a straight line, to its full size after so many updates. With a constant α = 1,
     burn_in = 100 and warmup = 50: updates 0–100 → 0, 101 → 0.02, 125 → 0.5, 149 → 0.98, 150– → 1.
     """
-    if update < burn_in:
+    if update < burn_in or (until is not None and update >= until):
         return 0.0
     value = ALPHA_SCHEDULES[schedule](epoch, alpha=alpha, gamma=gamma, step=step, milestones=milestones)
     value = value if maximum is None else min(value, maximum)
@@ -81,11 +83,13 @@ class AlphaSchedule:
     maximum: Optional[float] = None
     burn_in: int = 0
     warmup: int = 0
+    until: Optional[int] = None
 
     def at(self, epoch: int, update: int) -> float:
         return alpha_at(
             self.name, epoch, update, alpha=self.alpha, gamma=self.gamma, step=self.step,
             milestones=self.milestones, maximum=self.maximum, burn_in=self.burn_in, warmup=self.warmup,
+            until=self.until,
         )  # fmt: skip
 
     def options(self) -> Dict[str, Any]:
@@ -109,7 +113,7 @@ class AlphaSchedule:
 _OPTIONS = {
     "name": "codistill_alpha_schedule", "alpha": "codistill_alpha", "gamma": "codistill_gamma", "step": "codistill_alpha_step",
     "milestones": "codistill_milestones", "maximum": "codistill_alpha_max", "burn_in": "codistill_burn_in",
-    "warmup": "codistill_alpha_warmup",
+    "warmup": "codistill_alpha_warmup", "until": "codistill_until",
 }  # fmt: skip
 
 

@@ -66,6 +66,9 @@ class CodistillConfig(FairseqDataclass):
     codistill_burn_in: int = _option(0, "updates before which α is 0 and no peer is run")
     codistill_alpha_warmup: int = _option(0, "updates in which α grows from 0 to its full size, after the burn-in")
     codistill_until: Optional[int] = _option(None, "update from which on α is 0 again and no peer is run")
+    codistill_when_stalled: int = _option(
+        0, "teach only once the validation loss has failed to improve so many times in a row; 0: always"
+    )
     codistill_topology: str = _option("all", "whom I learn from: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
     codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(
         "pairwise", "pairwise: mean of the distances; mean: distance to the peers' mean prediction"
@@ -109,6 +112,8 @@ class CodistillConfig(FairseqDataclass):
     train_subset: str = II("dataset.train_subset")
     max_update: int = II("optimization.max_update")
     seed: int = II("common.seed")
+    disable_validation: bool = II("dataset.disable_validation")
+    save_dir: str = II("checkpoint.save_dir")
 
 
 def read_environment(cfg: CodistillConfig) -> CodistillConfig:
@@ -209,6 +214,7 @@ _RULES = (
     ("codistill_burn_in", lambda v: v >= 0, "a number of updates, not negative"),
     ("codistill_alpha_warmup", lambda v: v >= 0, "a number of updates, not negative"),
     ("codistill_until", lambda v: v >= 1, "at least 1 update"),
+    ("codistill_when_stalled", lambda v: v >= 0, "a number of validations, not negative"),
     ("codistill_wait", _finite(lambda v: v >= 0), "a finite number of seconds, not negative"),
     ("codistill_max_staleness", lambda v: v >= 1, "at least 1 update"),
 )
@@ -239,11 +245,14 @@ def _check_milestones_used(cfg: CodistillConfig, milestones: List[float]) -> Non
 
 
 def _check_levers(cfg: CodistillConfig) -> None:
-    if cfg.codistill_until is not None and cfg.codistill_until <= cfg.codistill_burn_in:
+    burn_in = cfg.codistill_burn_in or 0
+    if cfg.codistill_until is not None and cfg.codistill_until <= burn_in:
         raise ValueError(
-            f"codistill_until must be above codistill_burn_in, which is {cfg.codistill_burn_in}, but is {cfg.codistill_until} "
-            "instead, so that no update would be taught."
+            f"codistill_until must be above codistill_burn_in, which is {burn_in}, but is {cfg.codistill_until} instead, so "
+            "that no update would be taught."
         )
+    if cfg.codistill_when_stalled and cfg.disable_validation and active(cfg):
+        raise ValueError("codistill_when_stalled needs validations, but --disable-validation is given; leave one of them out.")
     if str(cfg.codistill_gate) != "none" and str(cfg.codistill_loss) in CONTROLS:
         raise ValueError(
             f"codistill_gate must be none with --codistill-loss {cfg.codistill_loss}, which has no peer to compare with, but "

@@ -23,7 +23,7 @@ from fairseq.logging import metrics
 from fairseq.models import BaseFairseqModel
 from torch import Tensor, nn
 
-from . import config, hook, teachers
+from . import config, hook, stalled, teachers
 from .core.codistiller import AlphaSchedule, Codistiller, Teaching
 from .core.fused import Objective, Peer, Sums, agrees, fused
 from .core.gate import gate_of
@@ -265,7 +265,10 @@ def _attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) 
         logger.info("codistillation: no peers are configured, so this trains alone, exactly as cross_entropy does")
         return
     frozen = lambda: teachers.load(cfg.codistill_teacher, task)  # noqa: E731
-    hook.attach(task, _codistiller(cfg), _run(task, cfg), cfg.train_subset, frozen, trains)
+    codistiller = _codistiller(cfg)
+    hook.attach(task, codistiller, _run(task, cfg), cfg.train_subset, frozen, trains)
+    if cfg.codistill_when_stalled:
+        stalled.teach_when_stalled(task, codistiller, cfg.codistill_when_stalled, cfg.save_dir)
 
 
 def _codistiller(cfg: config.CodistillConfig) -> Codistiller:

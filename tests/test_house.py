@@ -100,8 +100,9 @@ LAYERS = {
     "criterion": {
         "config", "core.codistiller", "core.fused", "core.gate", "core.guard", "core.losses",
         "core.output_layer", "core.topology", "exchange.exchange", "exchange.stores", "hook",
-        "teachers",
+        "stalled", "teachers",
     },  # fmt: skip
+    "stalled": {"core.codistiller", "core.group", "core.schedules", "wrapping"},
     "teachers": {"core.output_layer"},
     "plugin": {"compat", "criterion", "image.lr_schedules", "image.models", "image.nesterov", "image.task"},
     "registration": set(),

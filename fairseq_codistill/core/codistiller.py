@@ -111,6 +111,7 @@ class Codistiller:
     def __post_init__(self) -> None:
         self.epoch = 1
         self.valid_loss: Optional[float] = None
+        self.teaches_from: Optional[int] = 0  # an update; None: not yet known
         self._model: Optional[nn.Module] = None
         self._update: Optional[int] = None
         self._started = 0  # my first update in this life
@@ -159,7 +160,7 @@ class Codistiller:
             first, self._update = self._update is None, update
             if self.exchange is not None:
                 self._exchange_if_due(update, first)
-        alpha = self.schedule.at(self.epoch, update)
+        alpha = self.schedule.at(self.epoch, update, self.teaches_from)
         if alpha == 0 or update % self.every:
             return None
         if not self.needs_peers:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Tuple
 
 
 def constant(epoch: int, alpha: float, **_: object) -> float:
@@ -85,10 +86,13 @@ class AlphaSchedule:
     warmup: int = 0
     until: Optional[int] = None
 
-    def at(self, epoch: int, update: int) -> float:
+    def at(self, epoch: int, update: int, begin: Optional[int] = 0) -> float:
+        """α; before update `begin` it is 0, too, and forever where that is None."""
+        if begin is None:
+            return 0.0
         return alpha_at(
             self.name, epoch, update, alpha=self.alpha, gamma=self.gamma, step=self.step,
-            milestones=self.milestones, maximum=self.maximum, burn_in=self.burn_in, warmup=self.warmup,
+            milestones=self.milestones, maximum=self.maximum, burn_in=max(begin, self.burn_in), warmup=self.warmup,
             until=self.until,
         )  # fmt: skip
 
@@ -115,6 +119,20 @@ _OPTIONS = {
     "milestones": "codistill_milestones", "maximum": "codistill_alpha_max", "burn_in": "codistill_burn_in",
     "warmup": "codistill_alpha_warmup", "until": "codistill_until",
 }  # fmt: skip
+
+
+def stalled_at(losses: Iterable[Tuple[int, float]], patience: int) -> Optional[int]:
+    """The update at which the validation loss has first failed to improve on its best `patience` times in a row, or None.
+
+    `losses`: (update, loss) of each validation, in order. With patience 2 and losses 5, 4, 4.1, 3.9, 3.9, 4 at updates 10, 20,
+    …, 60 it is 60. A loss that is no number has not improved.
+    """
+    best, failures = math.inf, 0
+    for update, loss in losses:
+        best, failures = (loss, 0) if loss < best else (best, failures + 1)
+        if failures >= patience:
+            return update
+    return None
 
 
 def weight_decay_at(epoch: int, milestones: Sequence[float], values: Sequence[float]) -> float:

@@ -78,6 +78,9 @@ class CodistillConfig(FairseqDataclass):
         "weight of the distance at each position, by the probabilities that the peer and this model give the target; soft: "
         "min(1, peer's/own); hard: 1 where the peer's is higher, else 0; none: 1",
     )
+    codistill_label_smoothing: float = _option(
+        0.0, "ε of label smoothing in training, as in label_smoothed_cross_entropy; nll_loss and validation are without it"
+    )
     codistill_peer_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
         None,
         "precision of the peers' weights and forward (default: the model's); bf16 is fastest where the processor has it, "
@@ -176,8 +179,8 @@ def check(cfg: CodistillConfig) -> None:
         raise ValueError("codistill_ce needs whole models, but --model-parallel-size is above 1; leave it at 1.")
     if cfg.label_smoothing is not None:
         raise ValueError(
-            "codistill_ce smooths no labels (its loss is the true NLL and the distance to the peers), but --label-smoothing "
-            f"is {cfg.label_smoothing}; leave it out."
+            f"codistill_ce does not know --label-smoothing, which is {cfg.label_smoothing}; smooth labels with "
+            f"--codistill-label-smoothing {cfg.label_smoothing} instead."
         )
 
 
@@ -215,6 +218,7 @@ _RULES = (
     ("codistill_alpha_warmup", lambda v: v >= 0, "a number of updates, not negative"),
     ("codistill_until", lambda v: v >= 1, "at least 1 update"),
     ("codistill_when_stalled", lambda v: v >= 0, "a number of validations, not negative"),
+    ("codistill_label_smoothing", lambda v: 0 <= v < 1, "at least 0 and below 1"),
     ("codistill_wait", _finite(lambda v: v >= 0), "a finite number of seconds, not negative"),
     ("codistill_max_staleness", lambda v: v >= 1, "at least 1 update"),
 )
@@ -257,6 +261,11 @@ def _check_levers(cfg: CodistillConfig) -> None:
         raise ValueError(
             f"codistill_gate must be none with --codistill-loss {cfg.codistill_loss}, which has no peer to compare with, but "
             f"is {cfg.codistill_gate} instead."
+        )
+    if cfg.codistill_label_smoothing and str(cfg.codistill_loss) == "uniform":
+        raise ValueError(
+            "codistill_label_smoothing must be 0 with --codistill-loss uniform, which is label smoothing itself, but is "
+            f"{cfg.codistill_label_smoothing} instead."
         )
 
 

@@ -3,7 +3,8 @@
     loss = Σ over positions of (cross entropy + α · D), divided by the same `sample_size` as `cross_entropy`
 
 A position is a target token or an image; padding adds nothing. A sample that carries no teaching (validation, α = 0,
-nobody to learn from) gets plain cross entropy: there is no mode flag.
+nobody to learn from) gets plain cross entropy: there is no mode flag. Only --codistill-label-smoothing tells training, where
+it is cross entropy to the smoothed labels, from validation.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from fairseq import utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 from fairseq.logging import metrics
 from fairseq.models import BaseFairseqModel
 from torch import Tensor, nn
@@ -52,6 +54,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         self.aggregate = str(cfg.codistill_aggregate)
         self.temperature = cfg.codistill_temperature
         self.gate = str(cfg.codistill_gate)
+        self.label_smoothing = cfg.codistill_label_smoothing
         self._layers: WeakKeyDictionary = WeakKeyDictionary()  # of each model its output layer, or None
         self._frequencies: Optional[Tensor] = None
         self._gives_logits: Optional[bool] = None
@@ -90,18 +93,34 @@ class CodistillCriterion(CrossEntropyCriterion):
     def _whole(self, model, sample, teaching: Optional[Teaching], reduce: bool):
         """Loss, its cross entropy, and what to log of the teaching: for any model, from all its logits at once."""
         net_output = model(**sample["net_input"])
-        nll_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
+        loss, nll_loss = self._cross_entropy(model, net_output, sample, reduce)
         if teaching is None:
-            return nll_loss, nll_loss, {}
+            return loss, nll_loss, {}
         distance, log = self.distance(model, net_output, sample, teaching)
-        return nll_loss + teaching.alpha * (distance.sum() if reduce else distance), nll_loss, log
+        return loss + teaching.alpha * (distance.sum() if reduce else distance), nll_loss, log
+
+    def _cross_entropy(self, model, net_output, sample, reduce: bool) -> Tuple[Tensor, Tensor]:
+        """The cross entropy to train on, and the NLL: the same unless labels are smoothed."""
+        if not self._smoothing_now:
+            nll_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
+            return nll_loss, nll_loss
+        lprobs = model.get_normalized_probs(net_output, log_probs=True)
+        lprobs, target = lprobs.view(-1, lprobs.size(-1)), model.get_targets(sample, net_output).view(-1)
+        loss, nll_loss = label_smoothed_nll_loss(lprobs, target, self._smoothing_now, self.padding_idx, reduce)
+        return (loss, nll_loss) if reduce else (loss.squeeze(-1), nll_loss.squeeze(-1))
+
+    @property
+    def _smoothing_now(self) -> float:
+        return self.label_smoothing if self.training else 0.0
 
     def _fused(self, model, sample, teaching: Teaching, layers: Sequence[nn.Linear]):
         """As `_whole`, without ever holding all logits. `layers`: the output layers, mine and then each peer's."""
         target_N = sample["target"].reshape(-1)
         kept = (target_N != self.padding_idx).nonzero().squeeze(-1)
         peers = self._peers_features(teaching, sample["net_input"], layers[1:], kept)
-        objective = Objective(self.distance_name, self.aggregate, self.temperature, teaching.alpha, self.gate)
+        objective = Objective(
+            self.distance_name, self.aggregate, self.temperature, teaching.alpha, self.gate, self._smoothing_now
+        )  # fmt: skip
         sums: List[Sums] = []
 
         def loss_of(features: Tensor) -> Tensor:
@@ -214,6 +233,7 @@ class CodistillCriterion(CrossEntropyCriterion):
 
         loss = nll_loss + codistill_alpha · codistill_loss
 
+        but for what --codistill-label-smoothing adds to the loss.
         So `codistill_loss` is a mean over all positions trained on, and an update that taught nothing counts as 0 (where no
         update at all was taught it is not logged); `codistill_alpha` is α in what was taught, as are the others.
         """
@@ -262,7 +282,8 @@ def _attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) 
         who = (cfg.codistill_peer, cfg.codistill_peers)
         hook.order_data(task, str(cfg.codistill_data), *who, cfg.train_subset, cfg.seed)
     if not config.active(cfg):
-        logger.info("codistillation: no peers are configured, so this trains alone, exactly as cross_entropy does")
+        plain = "label_smoothed_cross_entropy" if cfg.codistill_label_smoothing else "cross_entropy"
+        logger.info(f"codistillation: no peers are configured, so this trains alone, exactly as {plain} does")
         return
     frozen = lambda: teachers.load(cfg.codistill_teacher, task)  # noqa: E731
     codistiller = _codistiller(cfg)

@@ -70,7 +70,9 @@ BAD = [
     (dict(topology="rign", peers=2, dir="x"), "codistill_topology must be 'all', 'ring' or the path of a file of edges"),
     (dict(peers=2, dir="x", ddp_backend="fully_sharded"), "cannot publish the weights of --ddp-backend fully_sharded"),
     (dict(peers=2, dir="x", model_parallel_size=2), "needs whole models, but --model-parallel-size is above 1"),
-    (dict(label_smoothing=0.1), "codistill_ce smooths no labels (its loss is the true NLL and the distance to the peers)"),
+    (dict(label_smoothing=0.1), "which is 0.1; smooth labels with --codistill-label-smoothing 0.1 instead."),
+    (dict(codistill_label_smoothing=1.0), "codistill_label_smoothing must be at least 0 and below 1, but is 1.0 instead."),
+    (dict(codistill_label_smoothing=0.1, loss="uniform"), "codistill_label_smoothing must be 0 with --codistill-loss uniform"),
 ]
 
 
@@ -148,7 +150,7 @@ def test_when_anybody_teaches():
 REFUSED = {
     "--codistill-alpha -1": "codistill_alpha must be a finite number, not negative, but is -1.0 instead.",
     "--codistill-topology rign": "'rign' is none of these.",
-    "--label-smoothing 0.1": "but --label-smoothing is 0.1; leave it out.",
+    "--label-smoothing 0.1": "smooth labels with --codistill-label-smoothing 0.1 instead.",
     "--codistill-loss mes": "argument --codistill-loss: invalid choice: ",
 }
 

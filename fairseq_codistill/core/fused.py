@@ -41,20 +41,24 @@ class Peer(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """Σ (cross entropy + α·D): the options that decide D (see `losses`), and α."""
+    """Σ (cross entropy + α·D): the options that decide D (see `losses`), α, and the smoothing of the labels.
+
+    `smoothing`: ε, of which each class but the target gets ε/(V−1), and the target 1 − ε.
+    """
 
     distance: str
     aggregate: str = "pairwise"
     temperature: float = 1.0
     alpha: float = 1.0
     gate: str = "none"  # see `gate`
+    smoothing: float = 0.0
 
 
 class Sums(NamedTuple):
     """Sums over the N positions. Only `loss` can be differentiated: in features, weight and bias."""
 
     loss: Tensor
-    nll: Tensor
+    nll: Tensor  # of the labels as they are, whatever the smoothing
     distance: Tensor
     agreement: Tensor  # positions at which a peer's top class is mine, mean over the peers
     dropped: Tensor  # of each peer, the positions at which it may not teach (see `guard`)
@@ -115,7 +119,12 @@ class _Run:
         self.dtype = weight_VC.dtype
         self.wide = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
         self.scale = _FP16_SCALE if self.dtype == torch.float16 else 1.0
-        self.nll, self.distance, self.agreement, self.gate = (weight_VC.new_zeros((), dtype=self.wide) for _ in range(4))
+        self.nll, self.distance, self.agreement, self.gate, self.all_classes = (
+            weight_VC.new_zeros((), dtype=self.wide) for _ in range(5)
+        )
+        # Of the smoothed labels: what each of the V classes gets, and what the target gets beside that (1 without smoothing).
+        self.other = objective.smoothing / max(1, weight_VC.size(0) - 1)
+        self.own = 1.0 - objective.smoothing - self.other
         self.dropped = weight_VC.new_zeros(peers, dtype=torch.long)
         self.to_features: List[Tensor] = []
         self.to_weight_VC = torch.zeros_like(weight_VC, dtype=self.wide) if needed[1] else None
@@ -140,12 +149,16 @@ class _Run:
         if gate is not None:
             self.gate += gate.mean().sum()
         self.nll += (own.log_total_n - at_target(own.logits_nV, target_n)).sum()
+        if self.objective.smoothing:
+            self.all_classes += own.log_total_n.sum() * own.logits_nV.size(-1) - own.logits_nV.sum()
         self.distance += value_n.sum()
         self.agreement += sum(agreement) / len(agreement)
         self.dropped += torch.stack([bad_n.sum() for bad_n in dropped])
-        # ∂/∂logits of cross entropy is softmax − one at the target; the buffer of the softmax takes all of it.
+        # ∂/∂logits of cross entropy is softmax − labels; the buffer of the softmax takes all of it.
         total_nV = own.probs_nV.add_(gradient_nV, alpha=self.objective.alpha)
-        total_nV.scatter_add_(-1, target_n.unsqueeze(-1), total_nV.new_full((len(target_n), 1), -1.0))
+        if self.objective.smoothing:
+            total_nV.sub_(self.other)
+        total_nV.scatter_add_(-1, target_n.unsqueeze(-1), total_nV.new_full((len(target_n), 1), -self.own))
         self._push(total_nV, features_nC)
 
     def _push(self, total_nV: Tensor, features_nC: Tensor) -> None:
@@ -168,7 +181,8 @@ class _Run:
             to_features.div_(self.scale)
             if self.to_weight_VC is not None:
                 self.to_weight_VC.div_(self.scale)
-        loss = self.nll + self.objective.alpha * self.distance
+        cross_entropy = self.own * self.nll + self.other * self.all_classes if self.objective.smoothing else self.nll
+        loss = cross_entropy + self.objective.alpha * self.distance
         gradients = (to_features, self.to_weight_VC, self.to_bias_V)
         return (loss, self.nll, self.distance, self.agreement, self.dropped, self.gate), gradients
 

@@ -92,6 +92,9 @@ class CodistillConfig(FairseqDataclass):
     codistill_wire_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
         None, "precision in which weights travel (default: bf16 for an fp32 model, else the model's)"
     )
+    codistill_publish_ema: bool = _option(
+        False, "publish the averaged weights that --store-ema keeps, so that the peers learn from them"
+    )
     codistill_sync: bool = _option(False, "lockstep: wait for the peers' snapshot of the same update (reproducible runs)")
     codistill_wait: float = _option(
         0.0, "seconds to wait at the start for the peers' first snapshots; with --codistill-sync, for each (0: 600)"
@@ -117,6 +120,7 @@ class CodistillConfig(FairseqDataclass):
     seed: int = II("common.seed")
     disable_validation: bool = II("dataset.disable_validation")
     save_dir: str = II("checkpoint.save_dir")
+    store_ema: bool = II("ema.store_ema")
 
 
 def read_environment(cfg: CodistillConfig) -> CodistillConfig:
@@ -261,6 +265,11 @@ def _check_levers(cfg: CodistillConfig) -> None:
         raise ValueError(
             f"codistill_gate must be none with --codistill-loss {cfg.codistill_loss}, which has no peer to compare with, but "
             f"is {cfg.codistill_gate} instead."
+        )
+    if cfg.codistill_publish_ema and not cfg.store_ema:
+        raise ValueError(
+            "codistill_publish_ema needs the averaged weights that fairseq keeps with --store-ema, but that is not given; did "
+            "you forget it?"
         )
     if cfg.codistill_label_smoothing and str(cfg.codistill_loss) == "uniform":
         raise ValueError(

@@ -25,7 +25,7 @@ from fairseq.logging import metrics
 from fairseq.models import BaseFairseqModel
 from torch import Tensor, nn
 
-from . import config, hook, stalled, teachers
+from . import config, ema, hook, stalled, teachers
 from .core.codistiller import AlphaSchedule, Codistiller, Teaching
 from .core.fused import Objective, Peer, Sums, agrees, fused
 from .core.gate import gate_of
@@ -288,6 +288,8 @@ def _attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) 
     frozen = lambda: teachers.load(cfg.codistill_teacher, task)  # noqa: E731
     codistiller = _codistiller(cfg)
     hook.attach(task, codistiller, _run(task, cfg), cfg.train_subset, frozen, trains)
+    if cfg.codistill_publish_ema:
+        ema.publish_ema(task, codistiller)
     if cfg.codistill_when_stalled:
         stalled.teach_when_stalled(task, codistiller, cfg.codistill_when_stalled, cfg.save_dir)
 

@@ -100,8 +100,9 @@ LAYERS = {
     "criterion": {
         "config", "core.codistiller", "core.fused", "core.gate", "core.guard", "core.losses",
         "core.output_layer", "core.topology", "exchange.exchange", "exchange.stores", "hook",
-        "stalled", "teachers",
+        "ema", "stalled", "teachers",
     },  # fmt: skip
+    "ema": {"core.codistiller", "wrapping"},
     "stalled": {"core.codistiller", "core.group", "core.schedules", "wrapping"},
     "teachers": {"core.output_layer"},
     "plugin": {"compat", "criterion", "image.lr_schedules", "image.models", "image.nesterov", "image.task"},

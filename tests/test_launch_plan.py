@@ -301,7 +301,10 @@ def test_a_command_that_would_fail_is_refused_at_once(elsewhere: Path, words: st
     "yaml, sentence",
     [
         ("criterion: {_name: codistill_ce}", "needs common.user_dir, but none is given"),
-        ("criterion: {_name: codistill_ce, label_smoothing: 0.1}\ncommon: {user_dir: yaml}", "does not know criterion.label_smoothing; smooth labels with criterion.codistill_label_smoothing"),
+        (
+            "criterion: {_name: codistill_ce, label_smoothing: 0.1}\ncommon: {user_dir: yaml}",
+            "does not know criterion.label_smoothing; smooth labels with criterion.codistill_label_smoothing instead.",
+        ),
         ("criterion: {codistill_peers: 3}", "criterion.codistill_peers must not be in the command"),
         ("common: {user_dir: nowhere}", "common.user_dir must be a folder, but there is no 'nowhere'"),
         ("common: {seed: many}", "common.seed must be a whole number"),

@@ -81,6 +81,11 @@ class CodistillConfig(FairseqDataclass):
     codistill_label_smoothing: float = _option(
         0.0, "ε of label smoothing in training, as in label_smoothed_cross_entropy; nll_loss and validation are without it"
     )
+    codistill_rdrop: float = _option(
+        0.0,
+        "β of R-Drop in training: two passes with different dropout, taught by the peers both, and β times the symmetric KL "
+        "between them; half of --rdrop-alpha of label_smoothed_cross_entropy_with_rdrop, whose loss is twice this one",
+    )
     codistill_peer_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
         None,
         "precision of the peers' weights and forward (default: the model's); bf16 is fastest where the processor has it, "
@@ -223,6 +228,7 @@ _RULES = (
     ("codistill_until", lambda v: v >= 1, "at least 1 update"),
     ("codistill_when_stalled", lambda v: v >= 0, "a number of validations, not negative"),
     ("codistill_label_smoothing", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("codistill_rdrop", _finite(lambda v: v >= 0), "a finite number, not negative"),
     ("codistill_wait", _finite(lambda v: v >= 0), "a finite number of seconds, not negative"),
     ("codistill_max_staleness", lambda v: v >= 1, "at least 1 update"),
 )

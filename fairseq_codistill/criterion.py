@@ -3,8 +3,8 @@
     loss = Σ over positions of (cross entropy + α · D), divided by the same `sample_size` as `cross_entropy`
 
 A position is a target token or an image; padding adds nothing. A sample that carries no teaching (validation, α = 0,
-nobody to learn from) gets plain cross entropy: there is no mode flag. Only --codistill-label-smoothing tells training, where
-it is cross entropy to the smoothed labels, from validation.
+nobody to learn from) gets plain cross entropy: there is no mode flag. Only --codistill-label-smoothing and --codistill-rdrop
+tell training from validation.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .core.gate import gate_of
 from .core.guard import Warner
 from .core.losses import AGGREGATES, CONTROLS, uniform, unigram
 from .core.output_layer import first, output_layer, projection, replaced
+from .core.rdrop import doubled, folded, passes_first, symmetric_kl
 from .core.topology import edges_of
 from .exchange.exchange import Exchange, Run
 from .exchange.stores import open_store
@@ -55,6 +56,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         self.temperature = cfg.codistill_temperature
         self.gate = str(cfg.codistill_gate)
         self.label_smoothing = cfg.codistill_label_smoothing
+        self.rdrop = cfg.codistill_rdrop
         self._layers: WeakKeyDictionary = WeakKeyDictionary()  # of each model its output layer, or None
         self._frequencies: Optional[Tensor] = None
         self._gives_logits: Optional[bool] = None
@@ -92,12 +94,31 @@ class CodistillCriterion(CrossEntropyCriterion):
 
     def _whole(self, model, sample, teaching: Optional[Teaching], reduce: bool):
         """Loss, its cross entropy, and what to log of the teaching: for any model, from all its logits at once."""
-        net_output = model(**sample["net_input"])
-        loss, nll_loss = self._cross_entropy(model, net_output, sample, reduce)
+        seen, log = self._seen(sample), {}
+        net_output = model(**seen["net_input"])
+        loss, nll_loss = self._cross_entropy(model, net_output, seen, reduce)
+        if self._rdrop_now:
+            order = passes_first(sample["target"])
+            loss, nll_loss = (x / 2 if reduce else folded(x.index_select(0, order)) for x in (loss, nll_loss))
+            apart_N = self._apart(model, net_output, sample, order)
+            loss, log = loss + self._rdrop_now * (apart_N.sum() if reduce else apart_N), {"codistill_rdrop": apart_N.sum().data}
         if teaching is None:
-            return loss, nll_loss, {}
-        distance, log = self.distance(model, net_output, sample, teaching)
-        return loss + teaching.alpha * (distance.sum() if reduce else distance), nll_loss, log
+            return loss, nll_loss, log
+        distance, more = self.distance(model, net_output, sample, teaching)
+        return loss + teaching.alpha * (distance.sum() if reduce else distance), nll_loss, {**log, **more}
+
+    def _seen(self, sample):
+        """What my model is run on: with R-Drop each row of the batch twice."""
+        if not self._rdrop_now:
+            return sample
+        net_input = doubled(sample["net_input"], sample["target"].size(0))
+        return {**sample, "net_input": net_input, "target": sample["target"].repeat_interleave(2, 0)}
+
+    def _apart(self, model, net_output, sample, order: Tensor) -> Tensor:
+        """The symmetric KL between both passes, [N]; 0 at padding."""
+        lprobs = model.get_normalized_probs(net_output, log_probs=True)
+        apart_N = symmetric_kl(lprobs.reshape(-1, lprobs.size(-1)).index_select(0, order))
+        return apart_N.masked_fill(sample["target"].reshape(-1) == self.padding_idx, 0)
 
     def _cross_entropy(self, model, net_output, sample, reduce: bool) -> Tuple[Tensor, Tensor]:
         """The cross entropy to train on, and the NLL: the same unless labels are smoothed."""
@@ -113,27 +134,34 @@ class CodistillCriterion(CrossEntropyCriterion):
     def _smoothing_now(self) -> float:
         return self.label_smoothing if self.training else 0.0
 
+    @property
+    def _rdrop_now(self) -> float:
+        return self.rdrop if self.training else 0.0
+
     def _fused(self, model, sample, teaching: Teaching, layers: Sequence[nn.Linear]):
         """As `_whole`, without ever holding all logits. `layers`: the output layers, mine and then each peer's."""
         target_N = sample["target"].reshape(-1)
         kept = (target_N != self.padding_idx).nonzero().squeeze(-1)
         peers = self._peers_features(teaching, sample["net_input"], layers[1:], kept)
+        own_rows = passes_first(sample["target"]).view(2, -1)[:, kept].reshape(-1) if self._rdrop_now else kept
         objective = Objective(
-            self.distance_name, self.aggregate, self.temperature, teaching.alpha, self.gate, self._smoothing_now
+            self.distance_name, self.aggregate, self.temperature, teaching.alpha, self.gate, self._smoothing_now,
+            self._rdrop_now,
         )  # fmt: skip
         sums: List[Sums] = []
 
         def loss_of(features: Tensor) -> Tensor:
-            kept_features = features.reshape(-1, features.size(-1)).index_select(0, kept)
+            kept_features = features.reshape(-1, features.size(-1)).index_select(0, own_rows)
             sums.append(fused(kept_features, layers[0].weight, layers[0].bias, target_N[kept], peers, objective))
             return sums[0].loss
 
         # Inside the model's forward, so that data-parallel wrappers see every parameter used there.
         with replaced(layers[0], loss_of):
-            loss = first(model(**sample["net_input"]))
+            loss = first(model(**self._seen(sample)["net_input"]))
         positions = torch.tensor(kept.numel(), device=kept.device)
         gate = None if self.gate == "none" else sums[0].gate
-        return loss, sums[0].nll, self._log(teaching, sums[0].distance, positions, sums[0].agreement, sums[0].dropped, gate)
+        log = self._log(teaching, sums[0].distance, positions, sums[0].agreement, sums[0].dropped, gate)
+        return loss, sums[0].nll, {**log, "codistill_rdrop": sums[0].rdrop} if self._rdrop_now else log
 
     def _peers_features(self, teaching: Teaching, net_input, layers: Sequence[nn.Linear], kept: Tensor) -> List[Peer]:
         """What goes into each peer's output layer, at the kept positions, and that layer."""
@@ -160,9 +188,10 @@ class CodistillCriterion(CrossEntropyCriterion):
 
     def distance(self, model, net_output, sample, teaching: Teaching) -> Tuple[Tensor, Dict[str, Any]]:
         """D at each position, 0 at padding: [N]; and the sums to log."""
-        target_N = model.get_targets(sample, net_output).reshape(-1)
+        target_N, own_NV = model.get_targets(sample, net_output).reshape(-1), self.scores(model, net_output)
+        if self._rdrop_now:
+            target_N, own_NV = target_N.repeat(2), own_NV.index_select(0, passes_first(sample["target"]))
         kept_N, gate = target_N != self.padding_idx, gate_of(self.gate, target_N.clamp_min(0))
-        own_NV = self.scores(model, net_output)
         agreement: List[Tensor] = []
         dropped: List[Tensor] = []
         if self.distance_name in CONTROLS:
@@ -173,12 +202,14 @@ class CodistillCriterion(CrossEntropyCriterion):
                 self.distance_name, own_NV, predictions, self.temperature, dropped, gate
             )  # fmt: skip
         distance_N = distance_N.masked_fill(~kept_N, 0)
-        positions = kept_N.sum()
-        if not agreement:
-            return distance_N, self._log(teaching, distance_N.sum().data, positions)
-        counts = torch.stack([(bad_N & kept_N).sum() for bad_N in dropped])
-        shared = sum(agreement) / len(agreement)
-        weights = None if gate is None else gate.mean().masked_fill(~kept_N, 0).sum()
+        positions, weights, counts, shared = kept_N.sum(), None, None, None
+        if agreement:
+            counts = torch.stack([(bad_N & kept_N).sum() for bad_N in dropped])
+            shared = sum(agreement) / len(agreement)
+            weights = None if gate is None else gate.mean().masked_fill(~kept_N, 0).sum()
+        if self._rdrop_now:  # means over both passes
+            distance_N, positions = folded(distance_N), positions // 2
+            counts, shared, weights = (None if x is None else x / 2 for x in (counts, shared, weights))
         return distance_N, self._log(teaching, distance_N.sum().data, positions, shared, counts, weights)
 
     def _log(
@@ -207,6 +238,8 @@ class CodistillCriterion(CrossEntropyCriterion):
         own_top_N = own_NV.argmax(-1)
         for peer, output in teaching.outputs(net_input):
             peer_NV = self.scores(peer, output)
+            if len(peer_NV) < len(own_NV):  # two passes of mine
+                peer_NV = peer_NV.repeat(2, 1)
             agreement.append((agrees(peer_NV, own_top_N) & kept_N).sum())
             yield peer_NV
 
@@ -233,7 +266,7 @@ class CodistillCriterion(CrossEntropyCriterion):
 
         loss = nll_loss + codistill_alpha · codistill_loss
 
-        but for what --codistill-label-smoothing adds to the loss.
+        but for what --codistill-label-smoothing and --codistill-rdrop add to the loss.
         So `codistill_loss` is a mean over all positions trained on, and an update that taught nothing counts as 0 (where no
         update at all was taught it is not logged); `codistill_alpha` is α in what was taught, as are the others.
         """
@@ -245,6 +278,8 @@ class CodistillCriterion(CrossEntropyCriterion):
         if total["codistill_positions"] != 0:
             logged = {name for log in logging_outputs for name in log}
             _log_teaching(total, taught_by_peers="codistill_agreement" in logged, gated="codistill_gate" in logged)
+        if any("codistill_rdrop" in log for log in logging_outputs):
+            metrics.log_scalar("codistill_rdrop", total["codistill_rdrop"] / sample_size / math.log(2), sample_size, round=4)
         for meters in metrics.get_active_aggregators():
             distance = meters.get("codistill_loss")
             if distance is not None and distance.count > 0:
@@ -269,7 +304,7 @@ def _log_teaching(total: Dict[str, Any], taught_by_peers: bool, gated: bool) -> 
 _SUMMED = (
     "loss", "nll_loss", "ntokens", "sample_size",
     "codistill_loss", "codistill_weighted", "codistill_positions", "codistill_alpha", "codistill_staleness",
-    "codistill_agreement", "codistill_dropped", "codistill_gate",
+    "codistill_agreement", "codistill_dropped", "codistill_gate", "codistill_rdrop",
 )  # fmt: skip
 
 
@@ -283,7 +318,8 @@ def _attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) 
         hook.order_data(task, str(cfg.codistill_data), *who, cfg.train_subset, cfg.seed)
     if not config.active(cfg):
         plain = "label_smoothed_cross_entropy" if cfg.codistill_label_smoothing else "cross_entropy"
-        logger.info(f"codistillation: no peers are configured, so this trains alone, exactly as {plain} does")
+        with_rdrop = ", with R-Drop" if cfg.codistill_rdrop else ""
+        logger.info(f"codistillation: no peers are configured, so this trains alone, exactly as {plain} does{with_rdrop}")
         return
     frozen = lambda: teachers.load(cfg.codistill_teacher, task)  # noqa: E731
     codistiller = _codistiller(cfg)

@@ -58,6 +58,7 @@ BAD = [
     (dict(when_stalled=-1), "codistill_when_stalled must be a number of validations, not negative, but is -1 instead."),
     (dict(when_stalled=2, peers=2, dir="x", disable_validation=True), "codistill_when_stalled needs validations, but"),
     (dict(publish_ema=True), "codistill_publish_ema needs the averaged weights that fairseq keeps with --store-ema, but that"),
+    (dict(rdrop=-1.0), "codistill_rdrop must be a finite number, not negative, but is -1.0 instead."),
     (dict(wait=-1.0), "codistill_wait must be a finite number of seconds"),
     (dict(max_staleness=0), "codistill_max_staleness must be at least 1 update"),
     (dict(milestones="30,15"), "codistill_milestones must be epochs that increase, from above 0, but is 30,15."),

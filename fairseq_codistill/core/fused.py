@@ -21,6 +21,7 @@ from . import guard
 from .gate import Gate, at_target, gate_of
 from .losses import AGGREGATE_GRADIENTS, DISTANCES, unfit
 from .output_layer import compute_dtype
+from .rdrop import symmetric_kl_gradient
 
 # Logits in a chunk: on a CPU what its caches hold, on a GPU enough to keep it busy; and no fewer positions than this.
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -43,7 +44,7 @@ class Peer(NamedTuple):
 class Objective:
     """Σ (cross entropy + α·D): the options that decide D (see `losses`), α, and the smoothing of the labels.
 
-    `smoothing`: ε, of which each class but the target gets ε/(V−1), and the target 1 − ε.
+    `smoothing`: ε, of which each class but the target gets ε/(V−1), and the target 1 − ε. `rdrop`: β, see `rdrop`.
     """
 
     distance: str
@@ -52,6 +53,11 @@ class Objective:
     alpha: float = 1.0
     gate: str = "none"  # see `gate`
     smoothing: float = 0.0
+    rdrop: float = 0.0
+
+    @property
+    def passes(self) -> int:
+        return 2 if self.rdrop else 1
 
 
 class Sums(NamedTuple):
@@ -63,6 +69,7 @@ class Sums(NamedTuple):
     agreement: Tensor  # positions at which a peer's top class is mine, mean over the peers
     dropped: Tensor  # of each peer, the positions at which it may not teach (see `guard`)
     gate: Tensor  # the positions' weights, mean over the peers; 0 without a gate
+    rdrop: Tensor  # symmetric KL between the two passes; 0 without R-Drop
 
 
 def fused(
@@ -71,8 +78,9 @@ def fused(
 ) -> Sums:  # fmt: skip
     """What cross entropy and `losses` give for the logits `features @ weight.T + bias`, summed over positions.
 
-    `chunk`: positions at a time, unless the device decides. Half-precision logits are widened to float32 first; the
-    gradient of the weight is summed up in float32.
+    With `objective.rdrop` the features are [2N, C], of the first pass and then of the second, and the sums are means over both;
+    target and peers are as ever. `chunk`: positions at a time, unless the device decides. Half-precision logits are widened to
+    float32 first; the gradient of the weight is summed up in float32.
     """
     return Sums(*_Fused.apply(features_NC, weight_VC, bias_V, target_N, peers, objective, chunk))
 
@@ -91,10 +99,12 @@ class _Fused(torch.autograd.Function):
                 weight_VC.to(dtype), None if bias_V is None else bias_V.to(dtype), objective, ctx.needs_input_grad, len(peers)
             )
             size = chunk or max(_FEWEST, _CHUNK.get(weight_VC.device.type, _CHUNK["cuda"]) // weight_VC.size(0))
-            for start in range(0, features_NC.size(0), size):
+            passes = objective.passes
+            by_pass = features_NC.reshape(passes, target_N.size(0), features_NC.size(1))
+            for start in range(0, target_N.size(0), size):
                 part = slice(start, start + size)
                 logits = ((peer.project, peer.features_NC[part]) for peer in peers)
-                run.chunk(features_NC[part].to(dtype), target_N[part], logits)
+                run.chunk(by_pass[:, part].flatten(0, 1).to(dtype), target_N[part].repeat(passes), logits)
         sums, gradients = run.results(features_NC)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = (features_NC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype)
@@ -119,8 +129,8 @@ class _Run:
         self.dtype = weight_VC.dtype
         self.wide = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
         self.scale = _FP16_SCALE if self.dtype == torch.float16 else 1.0
-        self.nll, self.distance, self.agreement, self.gate, self.all_classes = (
-            weight_VC.new_zeros((), dtype=self.wide) for _ in range(5)
+        self.nll, self.distance, self.agreement, self.gate, self.all_classes, self.apart = (
+            weight_VC.new_zeros((), dtype=self.wide) for _ in range(6)
         )
         # Of the smoothed labels: what each of the V classes gets, and what the target gets beside that (1 without smoothing).
         self.other = objective.smoothing / max(1, weight_VC.size(0) - 1)
@@ -131,6 +141,7 @@ class _Run:
         self.to_bias_V = torch.zeros_like(bias_V, dtype=self.wide) if needed[2] else None
 
     def chunk(self, features_nC: Tensor, target_n: Tensor, peers) -> None:
+        """Add the positions of a chunk; with two passes those of both, for which the peers are asked once."""
         own = _Own(F.linear(features_nC, self.weight_VC, self.bias_V).to(self.wide))
         agreement: List[Tensor] = []
         dropped: List[Tensor] = []
@@ -139,6 +150,8 @@ class _Run:
         def logits():
             for project, peer_features in peers:
                 peer_nV = project(peer_features).to(self.wide)
+                if self.objective.passes > 1:
+                    peer_nV = peer_nV.repeat(self.objective.passes, 1)
                 behind.append(guard.behind(peer_nV, own.top_n))
                 agreement.append((behind[-1] <= 0).sum())
                 yield peer_nV
@@ -154,11 +167,16 @@ class _Run:
         self.distance += value_n.sum()
         self.agreement += sum(agreement) / len(agreement)
         self.dropped += torch.stack([bad_n.sum() for bad_n in dropped])
+        if self.objective.rdrop:
+            apart_n, apart_nV = symmetric_kl_gradient(own.logits_nV, own.probs_nV, own.log_total_n)
+            self.apart += apart_n.sum()
         # ∂/∂logits of cross entropy is softmax − labels; the buffer of the softmax takes all of it.
         total_nV = own.probs_nV.add_(gradient_nV, alpha=self.objective.alpha)
         if self.objective.smoothing:
             total_nV.sub_(self.other)
         total_nV.scatter_add_(-1, target_n.unsqueeze(-1), total_nV.new_full((len(target_n), 1), -self.own))
+        if self.objective.rdrop:
+            total_nV = apart_nV.mul_(self.objective.rdrop).add_(total_nV, alpha=1 / self.objective.passes)
         self._push(total_nV, features_nC)
 
     def _push(self, total_nV: Tensor, features_nC: Tensor) -> None:
@@ -176,15 +194,21 @@ class _Run:
 
     def results(self, features_NC: Tensor):
         """The `Sums`, and the gradients of the loss in features, weight and bias."""
-        to_features = torch.cat(self.to_features) if self.to_features else torch.zeros_like(features_NC, dtype=self.wide)
+        by_pass = [part.view(self.objective.passes, -1, part.size(-1)) for part in self.to_features]
+        to_features = torch.cat(by_pass, 1).flatten(0, 1) if by_pass else torch.zeros_like(features_NC, dtype=self.wide)
         if self.scale != 1.0:
             to_features.div_(self.scale)
             if self.to_weight_VC is not None:
                 self.to_weight_VC.div_(self.scale)
-        cross_entropy = self.own * self.nll + self.other * self.all_classes if self.objective.smoothing else self.nll
-        loss = cross_entropy + self.objective.alpha * self.distance
+        sums = (self.nll, self.distance, self.agreement, self.dropped, self.gate)
+        if self.objective.passes > 1:
+            sums, self.all_classes = tuple(x / self.objective.passes for x in sums), self.all_classes / self.objective.passes
+        cross_entropy = self.own * sums[0] + self.other * self.all_classes if self.objective.smoothing else sums[0]
+        loss = cross_entropy + self.objective.alpha * sums[1]
+        if self.objective.rdrop:
+            loss = loss + self.objective.rdrop * self.apart
         gradients = (to_features, self.to_weight_VC, self.to_bias_V)
-        return (loss, self.nll, self.distance, self.agreement, self.dropped, self.gate), gradients
+        return (loss, *sums, self.apart), gradients
 
 
 class _Own:

@@ -22,7 +22,7 @@ BENCHMARKS ?= benchmark-runs
 WORKERS ?= 2
 PYTEST := python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo test lint benchmark soak test-legacy clean FORCE
+.PHONY: help install demo test lint benchmark soak gpu test-legacy clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo 'make lint         ruff'
 	@echo 'make benchmark    what an exchange costs and saves, fuzzing, kills, steps: more than an hour on two idle cores'
 	@echo 'make soak         peers that are killed and started again for half an hour'
+	@echo 'make gpu          everything that needs a GPU, within 25 minutes; DRY_RUN=1 shows the commands'
 	@echo 'make test-legacy  the tests with stock fairseq 0.12.2, where a Python 3.9 or 3.10 is found'
 	@echo 'make clean        remove .venv, .venv-legacy, demo and benchmark-runs'
 
@@ -66,8 +67,23 @@ soak: install
 	rm -rf $(BENCHMARKS)/soak
 	$(IN_VENV) python benchmarks/soak.py --out $(BENCHMARKS)/soak --results benchmarks/results/soak
 
+# Everything that needs a GPU, within 25 minutes; results in $(GPU_RESULTS). DATA: a folder made by
+# `data_prep/prepare.py tatoeba_de_en`, without which nothing is trained. DRY_RUN=1 shows every command.
+# WHEELS: on a machine that has torch but reaches no registry, a folder of wheels of what is missing, this package's too
+# (`make dist`); then $(PYTHON) is used and nothing is installed into it.
+GPU_RESULTS ?= gpu-results
+GPU_SUITE = benchmarks/gpu/suite.py --results $(GPU_RESULTS) $(if $(DATA),--data $(DATA)) $(if $(DRY_RUN),--dry-run)
+
+gpu: $(if $(WHEELS),,install)
+ifdef WHEELS
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target gpu-site $(WHEELS)/*.whl
+	PYTHONPATH="$(CURDIR)/gpu-site:$(CURDIR)" PATH="$(CURDIR)/gpu-site/bin:$$PATH" $(PYTHON) $(GPU_SUITE)
+else
+	$(IN_VENV) python $(GPU_SUITE)
+endif
+
 clean:
-	rm -rf .venv .venv-legacy demo $(BENCHMARKS)
+	rm -rf .venv .venv-legacy demo $(BENCHMARKS) gpu-runs gpu-site
 
 # --- installation -----------------------------------------------------------------------------------------------------
 

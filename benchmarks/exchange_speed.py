@@ -48,7 +48,8 @@ def run(words: List[object], log: Path, **environ: str) -> None:
 def train(data: Path, out: Path, args: argparse.Namespace) -> None:
     updates = (2 * args.pairs + 4) * args.interval + 1
     program = [sys.executable, Path(__file__).with_name("alternating_train.py"), "fairseq-train"]
-    words = ["codistill-launch", "--peers", PEERS, "--gpus-per-peer", 0, "--", *program, data, "--cpu", "--no-save"]
+    words = ["codistill-launch", "--peers", PEERS, *([] if args.gpu else ["--gpus-per-peer", 0]), "--", *program, data]
+    words += ["--no-save", "--bf16" if args.gpu else "--cpu"]
     words += ["--user-dir", ROOT / "fairseq_codistill", "--save-dir", out / "run"]
     words += ["--arch", "transformer", "--share-all-embeddings"]
     for side in ("encoder", "decoder"):
@@ -56,7 +57,7 @@ def train(data: Path, out: Path, args: argparse.Namespace) -> None:
     words += ["--optimizer", "adam", "--lr", 1e-4, "--max-tokens", args.tokens, "--max-update", updates, "--num-workers", 0]
     words += ["--required-batch-size-multiple", 1, "--log-format", "json", "--log-interval", 50, "--disable-validation"]
     words += ["--criterion", "codistill_ce", "--codistill-loss", "ce", "--codistill-alpha-schedule", "constant"]
-    words += ["--codistill-interval", args.interval, "--codistill-wait", 120]
+    words += ["--codistill-interval", args.interval, "--codistill-wait", 120, "--codistill-burn-in", 0]
     run(words, out / "launch.log", ALTERNATING_TIMES=str(out), PYTHONPATH=str(ROOT))
 
 
@@ -82,6 +83,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=200, help="--max-tokens: target tokens in a batch")
+    parser.add_argument("--gpu", action="store_true", help="the peers share what GPUs there are, in bf16")
     args = parser.parse_args()
     if args.out.exists() or args.pairs < 2 or args.interval < 2:
         parser.error("--out must not exist yet, and --pairs and --interval be 2 or more")

@@ -63,7 +63,11 @@ class CodistillConfig(FairseqDataclass):
         "α never grows above this; inf: no limit (default: 10/3 of --codistill-alpha for the exponential schedule, so 1 for "
         "ce; no growth for uniform and unigram; no limit for the other schedules)",
     )
-    codistill_burn_in: int = _option(0, "updates before which α is 0 and no peer is run")
+    codistill_burn_in: Optional[int] = _option(
+        None,
+        "updates before which α is 0 and no peer is run (default: with peers a fifth of --max-update, or of "
+        "--codistill-until, at most 10000, or 2000 where neither is given; else 0)",
+    )
     codistill_alpha_warmup: int = _option(0, "updates in which α grows from 0 to its full size, after the burn-in")
     codistill_until: Optional[int] = _option(None, "update from which on α is 0 again and no peer is run")
     codistill_when_stalled: int = _option(
@@ -144,7 +148,7 @@ def read_environment(cfg: CodistillConfig) -> CodistillConfig:
 
 
 def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
-    """Fill α, its limit and the interval, whose defaults depend on other options. `cfg`: checked already."""
+    """Fill α, its limit, the interval and the burn-in, whose defaults depend on other options. `cfg`: checked already."""
     name = str(cfg.codistill_loss)
     if cfg.codistill_alpha is None:
         cfg.codistill_alpha = CONTROLS[name] if name in CONTROLS else DISTANCES[name].alpha
@@ -153,6 +157,8 @@ def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
     if cfg.codistill_interval is None:
         updates = cfg.max_update or 0
         cfg.codistill_interval = min(_INTERVAL, max(1, updates // _EXCHANGES)) if updates > 0 else _INTERVAL_OF_UNKNOWN
+    if cfg.codistill_burn_in is None:
+        cfg.codistill_burn_in = _burn_in(cfg)
     return cfg
 
 
@@ -160,6 +166,16 @@ def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
 _GROWTH = 10 / 3
 # The papers' translation runs exchange every 2500 updates; a shorter training must still exchange often enough to learn.
 _INTERVAL, _EXCHANGES, _INTERVAL_OF_UNKNOWN = 2500, 20, 500
+# Peers that know little yet hold each other back, and the models lag behind training alone for the next fifth of the run.
+_BURN_IN_SHARE, _BURN_IN, _BURN_IN_OF_UNKNOWN = 5, 10_000, 2000
+
+
+def _burn_in(cfg: CodistillConfig) -> int:
+    """Of peers. Teachers in files are trained already, and the smoothing controls know nothing at any time."""
+    if cfg.codistill_teacher is not None or str(cfg.codistill_loss) in CONTROLS:
+        return 0
+    ends = [end for end in (cfg.max_update, cfg.codistill_until) if end and end > 0]
+    return min(_BURN_IN, min(ends) // _BURN_IN_SHARE) if ends else _BURN_IN_OF_UNKNOWN
 
 
 def is_restart() -> bool:

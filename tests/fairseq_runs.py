@@ -31,7 +31,8 @@ MODEL = (
 TRAINING = "--cpu --optimizer adam --lr 0.003 --max-tokens 300 --log-format json --log-interval 1 --no-epoch-checkpoints "
 # fairseq-fixed drops what is left of a data set after the last multiple of 8 sentences; tiny data would be empty.
 TRAINING += "--num-workers 0 --required-batch-size-multiple 1"
-CODISTILL = "--criterion codistill_ce --codistill-interval 4 --codistill-loss ce --codistill-alpha-schedule constant"
+CODISTILL = "--criterion codistill_ce --codistill-interval 4 --codistill-loss ce --codistill-alpha-schedule constant "
+CODISTILL += "--codistill-burn-in 0"
 LOCKSTEP = f"{CODISTILL} --codistill-sync --codistill-wait 120"
 DEADLINE = 240  # seconds; far above what any job needs
 

@@ -143,6 +143,11 @@ def test_defaults_that_depend_on_other_options(options, alpha, limit, interval):
     assert cfg.codistill_alpha_max == (limit if limit is None else pytest.approx(limit))
 
 
+@pytest.mark.parametrize("options, burn_in", [(dict(), 400), (dict(until=50), 10), (dict(until=50, burn_in=0), 0)])
+def test_the_burn_in_ends_before_the_teaching_does(options, burn_in):
+    assert fill_defaults(config(peers=2, dir="x", max_update=2000, **options)).codistill_burn_in == burn_in
+
+
 def test_when_anybody_teaches():
     assert not active(read_environment(config()))
     assert active(read_environment(config(peers=2, dir="x")))

@@ -497,6 +497,7 @@ def test_fairseqs_step_under_amp(setting, autocast, monkeypatch):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("peer_dtype", [None, torch.bfloat16, torch.int8])
@@ -516,6 +517,7 @@ def test_autocast_on_a_gpu(setting, dtype, peer_dtype):
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 def test_amp_trains_on_a_gpu(data, tmp_path):
     words = [train_words(data, tmp_path / f"{i}", LOCKSTEP, f"--max-update 6 --amp --seed {i + 1}") for i in range(2)]

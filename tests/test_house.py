@@ -219,7 +219,7 @@ def test_every_option_has_the_prefix():
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Their default is none of the options' own: it comes from the environment or from other options.
-COMPUTED = {f"codistill_{name}" for name in ("peer", "peers", "dir", "interval", "alpha", "alpha_max")}
+COMPUTED = {f"codistill_{name}" for name in ("peer", "peers", "dir", "interval", "alpha", "alpha_max", "burn_in")}
 
 
 def test_the_page_of_options_has_every_option_with_its_default():

@@ -14,6 +14,7 @@ read_settings() {
     PREPARED_BY="${PREPARED_BY:-data_prep/prepare.py}" EXPECT="${EXPECT:-}"
     METHOD="${METHOD:-codistill}" SEED="${SEED:-1}" PEERS="${PEERS:-2}" UPDATES="${UPDATES:-2000}"
     DISTANCE="${DISTANCE:-mse}" GAMMA="${GAMMA:-1.1}" INTERVAL="${INTERVAL:-2500}" SYNC="${SYNC:-0}" WAIT="${WAIT:-0}"
+    BURN_IN="${BURN_IN:-0}"
     WIRE="${WIRE:-}"
     LABEL_SMOOTHING="${LABEL_SMOOTHING:-0.1}" RDROP_ALPHA="${RDROP_ALPHA:-5}"
     WORKERS="${WORKERS:-$PEERS}" TOKENS="${TOKENS:-4096}" UPDATE_FREQ="${UPDATE_FREQ:-}"
@@ -64,7 +65,7 @@ choose_objective() {
         name="codistill_$DISTANCE" jobs="$PEERS"
         objective=(--criterion codistill_ce --codistill-interval "$INTERVAL" --codistill-loss "$DISTANCE"
             --codistill-alpha "$ALPHA" --codistill-alpha-schedule "$ALPHA_SCHEDULE" --codistill-gamma "$GAMMA"
-            --codistill-wait "$WAIT")
+            --codistill-wait "$WAIT" --codistill-burn-in "$BURN_IN")
         [[ -z "$WIRE" ]] || objective+=(--codistill-wire-dtype "$WIRE")
         [[ "$SYNC" == 0 ]] || objective+=(--codistill-sync)
         ;;

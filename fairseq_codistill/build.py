@@ -8,7 +8,7 @@ from typing import Any, Callable, Optional
 
 import torch
 
-from . import config, hook, teachers
+from . import config, ema, hook, stalled, teachers
 from .core.codistiller import Codistiller
 from .core.losses import CONTROLS
 from .core.schedules import AlphaSchedule
@@ -32,10 +32,17 @@ def attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) -
     if peers > 1 and str(cfg.codistill_data) != "independent":
         order_data(task, str(cfg.codistill_data), peer, peers, cfg.train_subset, cfg.seed)
     if not config.active(cfg):
-        logger.info("codistillation: no peers are configured, so this trains alone, exactly as cross_entropy does")
+        plain = "label_smoothed_cross_entropy" if cfg.codistill_label_smoothing else "cross_entropy"
+        with_rdrop = ", with R-Drop" if cfg.codistill_rdrop else ""
+        logger.info(f"codistillation: no peers are configured, so this trains alone, exactly as {plain} does{with_rdrop}")
         return
     frozen = lambda: teachers.load(cfg.codistill_teacher, task)  # noqa: E731
-    hook.attach(task, codistiller_of(cfg), run_of(task, cfg), cfg.train_subset, frozen, trains)
+    codistiller = codistiller_of(cfg)
+    hook.attach(task, codistiller, run_of(task, cfg), cfg.train_subset, frozen, trains)
+    if cfg.codistill_publish_ema:
+        ema.publish_ema(task, codistiller)
+    if cfg.codistill_when_stalled:
+        stalled.teach_when_stalled(task, codistiller.teachers, cfg.codistill_when_stalled, cfg.save_dir)
 
 
 def codistiller_of(cfg: config.CodistillConfig) -> Codistiller:
@@ -52,7 +59,7 @@ def codistiller_of(cfg: config.CodistillConfig) -> Codistiller:
         schedule=AlphaSchedule(
             str(cfg.codistill_alpha_schedule), cfg.codistill_alpha, cfg.codistill_gamma, cfg.codistill_alpha_step,
             config.numbers(cfg, "codistill_milestones"), cfg.codistill_alpha_max, cfg.codistill_burn_in,
-            cfg.codistill_alpha_warmup_epochs or 0,
+            cfg.codistill_alpha_warmup_epochs or 0, cfg.codistill_until,
         ),
         exchange=Exchange(open_store(str(cfg.codistill_dir)), peer, restarted=config.is_restart()) if exchanges else None,
         edges=edges_of(cfg.codistill_topology, peers),

@@ -75,7 +75,7 @@ def test_it_is_the_reference(distance, aggregate, temperature, count, chunk):
         else:
             sums = reference(features, weight, bias, target, logits, objective)
         (sums[0] * 3.0).backward()
-        results.append((*(x.detach() for x in sums), *(x.grad for x in leaves)))
+        results.append((*(x.detach() for x in sums[:5]), *(x.grad for x in leaves)))
     for mine, slow in zip(*results):
         torch.testing.assert_close(mine, slow.to(mine.dtype))
 

@@ -74,6 +74,7 @@ class Codistiller:
     def __post_init__(self) -> None:
         self.epoch = 1
         self.valid_loss: Optional[float] = None
+        self.published: Optional[nn.Module] = None  # a model of the same shapes whose weights go out instead of the trained
         self._trained: Optional[nn.Module] = None
         self._update: Optional[int] = None
         self._started = 0  # first update since this start
@@ -251,8 +252,9 @@ class Codistiller:
 
     def _publish(self, update: int, done: bool) -> None:
         needed_from = self._needed_from if self.lockstep else None
+        model = self._model if self.published is None else self.published
         self._background.publish(
-            tensors_of(self._model), update, needed_from, epoch=self.epoch, fingerprint=self._background.fingerprint,
+            tensors_of(model), update, needed_from, epoch=self.epoch, fingerprint=self._background.fingerprint,
             model=self.model_config, time=self.clock(), valid_loss=self.valid_loss,
             resumes_from=self._checkpoints[0], done=done, options=self.schedule.options(),
         )  # fmt: skip

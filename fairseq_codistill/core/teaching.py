@@ -64,10 +64,11 @@ class Teachers:
     needs_peers: bool = True
     frozen: Sequence[nn.Module] = ()
     held: Dict[int, Held] = field(default_factory=dict)  # by peer
+    teaches_from: Optional[int] = 0  # the first update that is taught; None: not yet known, so none is
 
     def at(self, epoch: int, update: int) -> Optional[Teaching]:
         """Who teaches in update 0, 1, … of epoch 1, 2, …; None where α is 0, no peer can, or `every` skips the update."""
-        alpha = self.schedule.at(epoch, update)
+        alpha = self.schedule.at(epoch, update, self.teaches_from)
         if alpha == 0 or update % self.every:
             return None
         if not self.needs_peers:

@@ -67,10 +67,10 @@ class CodistillConfig(FairseqDataclass):
     codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(
         "pairwise", "pairwise: mean of the distances; mean: distance to the peers' mean prediction"
     )
-    codistill_peer_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
-        None,
-        "precision of the peers' weights and forward (default: the model's); bf16 is fastest where the processor has it, "
-        "int8 saves memory and costs time",
+    codistill_peer_dtype: Optional[ChoiceEnum(["auto", *DTYPES])] = _option(
+        "auto",
+        "precision of the peers' weights and forward; auto: bf16 for an fp32 model where the processor or GPU multiplies it "
+        "fast (AMX, AVX512_BF16, compute capability 8), else the model's; int8 saves memory and costs time",
     )
     codistill_every: int = _option(
         1, "of so many updates one is taught, and the others are plain and cheaper; α is not raised for it"
@@ -101,6 +101,7 @@ class CodistillConfig(FairseqDataclass):
     train_subset: str = II("dataset.train_subset")
     max_update: int = II("optimization.max_update")
     seed: int = II("common.seed")
+    amp: bool = II("common.amp")
 
 
 def read_environment(cfg: CodistillConfig) -> CodistillConfig:

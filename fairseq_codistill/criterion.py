@@ -29,13 +29,14 @@ from .core.fused import Objective, Peer, Sums, agrees, fused
 from .core.guard import Warner
 from .core.losses import AGGREGATES, CONTROLS, uniform, unigram
 from .core.output_layer import first, output_layer, projection, replaced
+from .core.precision import AUTO
 from .core.topology import edges_of
 from .exchange.exchange import Exchange, Run
 from .exchange.stores import open_store
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, None: None}
+_DTYPES = {"auto": AUTO, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, None: None}
 
 
 @register_criterion("codistill_ce", dataclass=config.CodistillConfig)
@@ -56,7 +57,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         self._warner = Warner()
         if self.distance_name == "unigram" and task.target_dictionary is None:
             raise ValueError("codistill_loss unigram needs a target dictionary, but this task has none; use uniform.")
-        self._fit: WeakSet = WeakSet()  # frozen teachers that were tried on a batch
+        self._tried: WeakSet = WeakSet()  # peers and frozen teachers that were tried on a batch
         _attach(task, cfg, lambda: self.training)
 
     def forward(self, model, sample, reduce: bool = True):
@@ -81,9 +82,12 @@ class CodistillCriterion(CrossEntropyCriterion):
 
     def _try_teachers(self, teaching: Teaching, sample) -> None:
         for peer in teaching.peers:
-            if hasattr(peer, "codistill_name") and peer not in self._fit:
+            if peer in self._tried:
+                continue
+            teaching.settle_precision(peer, sample["net_input"])
+            if hasattr(peer, "codistill_name"):
                 teachers.check_fit(peer, teaching.cast(peer, sample["net_input"]), sample["target"])
-                self._fit.add(peer)
+            self._tried.add(peer)
 
     def _whole(self, model, sample, teaching: Optional[Teaching], reduce: bool):
         """Loss, its cross entropy, and what to log of the teaching: for any model, from all its logits at once."""
@@ -262,6 +266,8 @@ def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
     peer_dtype, wire_dtype = (
         _DTYPES[None if value is None else str(value)] for value in (cfg.codistill_peer_dtype, cfg.codistill_wire_dtype)
     )
+    if cfg.amp and peer_dtype == AUTO:  # autocast computes in 16 bits already
+        peer_dtype = None
     return Codistiller(
         peer=peer,
         peers=peers,

@@ -13,6 +13,7 @@ def config(**options):
     """The options as fairseq hands them over: its own values filled in."""
     defaults = {field.name: field.default for field in dataclasses.fields(CodistillConfig) if field.name != "_name"}
     defaults.update(sentence_avg=False, ddp_backend="pytorch_ddp", model_parallel_size=1, train_subset="train", max_update=0)
+    defaults.update(amp=False)
     defaults.update({name if name in defaults else f"codistill_{name}": value for name, value in options.items()})
     return CodistillConfig(**defaults)
 

@@ -40,10 +40,11 @@ LAYERS = {
     "core.replica": {"core.int8"},
     "core.fused": {"core.guard", "core.losses", "core.output_layer"},
     "core.output_layer": set(),
+    "core.precision": {"core.output_layer"},
     "core.group": set(),
     "core.meeting": {"core.group", "exchange.courier", "exchange.exchange", "exchange.manifest"},
     "core.codistiller": {
-        "core.group", "core.int8", "core.meeting", "core.replica", "core.schedules",
+        "core.group", "core.int8", "core.meeting", "core.precision", "core.replica", "core.schedules",
         "core.topology", "exchange.courier", "exchange.exchange", "exchange.manifest", "exchange.snapshot",
         "exchange.structure", "exchange.worker",
     },  # fmt: skip
@@ -98,7 +99,7 @@ LAYERS = {
     "config": {"common.paths", "core.losses", "core.schedules", "core.topology"},
     "criterion": {
         "config", "core.codistiller", "core.fused", "core.guard", "core.losses",
-        "core.output_layer", "core.topology", "exchange.exchange", "exchange.stores", "hook",
+        "core.output_layer", "core.precision", "core.topology", "exchange.exchange", "exchange.stores", "hook",
         "teachers",
     },  # fmt: skip
     "teachers": {"core.output_layer"},
@@ -119,6 +120,7 @@ FOREIGN = {
     "core.int8": {"torch"},
     "core.losses": {"torch"},
     "core.output_layer": {"torch"},
+    "core.precision": {"torch"},
     "core.replica": {"torch"},
     "core.schedules": set(),
     "core.topology": set(),

@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from ..exchange.manifest import BadSnapshot, Manifest
 from ..exchange.snapshot import Weights, fingerprint, tensors_of
 from ..exchange.structure import structure
 from ..exchange.worker import Worker
-from . import group
+from . import group, precision
 from .int8 import load
 from .meeting import Meeting
 from .replica import freeze, replica
@@ -50,6 +50,7 @@ class Teaching:
     peers: Sequence[nn.Module] = ()
     staleness: float = 0.0  # updates, mean over the peers
     names: Sequence[str] = ()  # of the peers, for messages
+    widen: Optional[Callable[[str], None]] = None  # gives all peers the model's precision, where theirs was only a guess
 
     def outputs(self, net_input: Dict[str, Any]) -> Iterator[Tuple[nn.Module, Any]]:
         """Each peer with what it predicts for `net_input`; no gradient is recorded."""
@@ -66,7 +67,13 @@ class Teaching:
 
     def of(self, part: str) -> Teaching:
         """The same teaching by the sub-models `peer.models[part]`: one language pair of a multilingual model."""
-        return Teaching(self.alpha, [peer.models[part] for peer in self.peers], self.staleness, self.names)
+        return replace(self, peers=[peer.models[part] for peer in self.peers])
+
+    def settle_precision(self, peer: nn.Module, net_input: Dict[str, Any]) -> None:
+        """Before `peer` runs for the first time: give up the precision that was chosen for it, if it cannot run in it."""
+        reason = precision.failure(peer, self.cast(peer, net_input)) if self.widen else None
+        if reason is not None:
+            self.widen(reason)
 
 
 @dataclass
@@ -85,7 +92,8 @@ class Codistiller:
     which a snapshot no longer teaches; `lockstep`: wait for the teachers' snapshot of the very same update;
     `wire_dtype`: what floats travel as (None: float32 as bfloat16, others as they are); `in_background`: exchange beside
     the training, unless in lockstep; `updates`: where training ends, if known; `needs_peers`: False for the smoothing
-    controls, which teach without a peer; `frozen`: offline teachers; `every`: of so many updates one is taught.
+    controls, which teach without a peer; `frozen`: offline teachers; `every`: of so many updates one is taught; `peer_dtype`:
+    a dtype for the peers, None for the model's, or `precision.AUTO`.
     """
 
     peer: int
@@ -94,7 +102,7 @@ class Codistiller:
     exchange: Optional[Exchange] = None
     edges: Set[Edge] = field(default_factory=set)
     interval: int = 2500
-    peer_dtype: Optional[torch.dtype] = None
+    peer_dtype: Union[torch.dtype, str, None] = None
     lockstep: bool = False
     wait: float = 0.0
     max_staleness: Optional[int] = None
@@ -122,6 +130,7 @@ class Codistiller:
         self._exchanged: Optional[float] = None  # when, by time.monotonic
         self._checkpoints = (0, 0)  # updates of the last checkpoint but one, and of the last
         self._left = False
+        self._guessed = False  # the peers' precision: then it may be given up
 
     # What the hook tells.
 
@@ -137,8 +146,30 @@ class Codistiller:
     def begin_epoch(self, epoch: int, model: nn.Module) -> None:
         """`model`: the unwrapped one, on its device and in its dtype."""
         self.epoch, self._model = epoch, model
+        if self.peer_dtype == precision.AUTO:
+            self._choose_precision()
         if self.frozen:
             group.by_all(self._freeze)
+
+    def _choose_precision(self) -> None:
+        chosen, reason = precision.choice(self._model)
+        # The ranks of a group get each other's tensors as they are.
+        self._guessed = group.all_well(chosen is not None, next(self._model.parameters()).device)
+        self.peer_dtype = chosen if self._guessed else None
+        if chosen is not None and not self._guessed:
+            reason = "fp32, as the model: not all of this peer's group multiply bf16 fast"
+        if self.needs_peers:
+            logger.info(f"codistillation: the peers run in {reason} (--codistill-peer-dtype auto)")
+
+    def _widen(self, reason: str) -> None:
+        """The peers' chosen precision does not suit this model: from now on they have the model's."""
+        logger.warning(
+            f"codistillation: this model cannot run in bf16 ({reason}), so the peers run in fp32, as the model "
+            "(--codistill-peer-dtype auto)"
+        )
+        self._guessed, self.peer_dtype = False, None
+        for model in [*self.frozen, *(held.model for held in self._held.values())]:
+            freeze(model, None, _dtype_of(self._model))
 
     def _freeze(self) -> None:
         for teacher in self.frozen:
@@ -164,14 +195,16 @@ class Codistiller:
             return None
         if not self.needs_peers:
             return Teaching(alpha)
+        widen = self._widen if self._guessed else None
         if self.frozen:
-            return Teaching(alpha, self.frozen, names=[getattr(model, "codistill_name", "a teacher") for model in self.frozen])
+            names = [getattr(model, "codistill_name", "a teacher") for model in self.frozen]
+            return Teaching(alpha, self.frozen, names=names, widen=widen)
         fresh = {peer: held for peer, held in self._held.items() if self._may_teach(held, update)}
         if not fresh:
             return None
         ages = [update - held.manifest.update for held in fresh.values()]
         models = [held.model for held in fresh.values()]
-        return Teaching(alpha, models, sum(ages) / len(ages), [f"peer {peer}" for peer in fresh])
+        return Teaching(alpha, models, sum(ages) / len(ages), [f"peer {peer}" for peer in fresh], widen)
 
     def drain(self, seconds: float) -> None:
         """Wait for what is being published, but no longer than `seconds`; nothing new is begun."""

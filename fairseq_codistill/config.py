@@ -72,6 +72,11 @@ class CodistillConfig(FairseqDataclass):
         "precision of the peers' weights and forward; auto: bf16 for an fp32 model where the processor or GPU multiplies it "
         "fast (AMX, AVX512_BF16, compute capability 8), else the model's; int8 saves memory and costs time",
     )
+    codistill_fused_ce: bool = _option(
+        False,
+        "updates without a teacher (no peers, burn-in, α 0) use the fused cross entropy, too: faster and with less memory than "
+        "fairseq's, the same but for rounding",
+    )
     codistill_every: int = _option(
         1, "of so many updates one is taught, and the others are plain and cheaper; α is not raised for it"
     )

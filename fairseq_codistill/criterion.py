@@ -51,6 +51,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         self.distance_name = str(cfg.codistill_loss)
         self.aggregate = str(cfg.codistill_aggregate)
         self.temperature = cfg.codistill_temperature
+        self.fused_ce = cfg.codistill_fused_ce
         self._layers: WeakKeyDictionary = WeakKeyDictionary()  # of each model its output layer, or None
         self._frequencies: Optional[Tensor] = None
         self._gives_logits: Optional[bool] = None
@@ -65,7 +66,8 @@ class CodistillCriterion(CrossEntropyCriterion):
         teaching = sample.get(hook.TEACHING)
         if teaching is not None:
             self._try_teachers(teaching, sample)
-        layers = self._output_layers(model, sample, teaching) if reduce and teaching is not None else None
+        may_fuse = reduce and (teaching is not None or (self.fused_ce and torch.is_grad_enabled()))  # in validation, never
+        layers = self._output_layers(model, sample, teaching) if may_fuse else None
         if layers:
             loss, nll_loss, log = self._fused(model, sample, teaching, layers)
         else:
@@ -98,12 +100,14 @@ class CodistillCriterion(CrossEntropyCriterion):
         distance, log = self.distance(model, net_output, sample, teaching)
         return nll_loss + teaching.alpha * (distance.sum() if reduce else distance), nll_loss, log
 
-    def _fused(self, model, sample, teaching: Teaching, layers: Sequence[nn.Linear]):
+    def _fused(self, model, sample, teaching: Optional[Teaching], layers: Sequence[nn.Linear]):
         """As `_whole`, without ever holding all logits. `layers`: the output layers, mine and then each peer's."""
         target_N = sample["target"].reshape(-1)
         kept = (target_N != self.padding_idx).nonzero().squeeze(-1)
-        peers = self._peers_features(teaching, sample["net_input"], layers[1:], kept)
-        objective = Objective(self.distance_name, self.aggregate, self.temperature, teaching.alpha)
+        peers, objective = [], None
+        if teaching is not None:
+            peers = self._peers_features(teaching, sample["net_input"], layers[1:], kept)
+            objective = Objective(self.distance_name, self.aggregate, self.temperature, teaching.alpha)
         sums: List[Sums] = []
 
         def loss_of(features: Tensor) -> Tensor:
@@ -114,6 +118,8 @@ class CodistillCriterion(CrossEntropyCriterion):
         # Inside the model's forward, so that data-parallel wrappers see every parameter used there.
         with replaced(layers[0], loss_of):
             loss = first(model(**sample["net_input"]))
+        if teaching is None:
+            return loss, sums[0].nll, {}
         positions = torch.tensor(kept.numel(), device=kept.device)
         return loss, sums[0].nll, self._log(teaching, sums[0].distance, positions, sums[0].agreement, sums[0].dropped)
 
@@ -129,15 +135,16 @@ class CodistillCriterion(CrossEntropyCriterion):
                 peers.append(Peer(kept_features, projection(layer)))
         return peers
 
-    def _output_layers(self, model, sample, teaching: Teaching) -> Optional[List[nn.Linear]]:
+    def _output_layers(self, model, sample, teaching: Optional[Teaching]) -> Optional[List[nn.Linear]]:
         """The output layers of me and of my peers, if each has one that may be fused with the loss."""
-        if self.distance_name in CONTROLS or not _plain_targets(model):
+        if (teaching is not None and self.distance_name in CONTROLS) or not _plain_targets(model):
             return None
-        for one in (model, *teaching.peers):
+        models = (model, *(teaching.peers if teaching is not None else ()))
+        for one in models:
             if one not in self._layers:
-                net_input = teaching.cast(one, sample["net_input"])
+                net_input = Teaching.cast(one, sample["net_input"])
                 self._layers[one] = output_layer(one, net_input, lambda *output, one=one: _are_logits(one, *output))
-        layers = [self._layers[one] for one in (model, *teaching.peers)]
+        layers = [self._layers[one] for one in models]
         return layers if all(layer is not None for layer in layers) else None
 
     def distance(self, model, net_output, sample, teaching: Teaching) -> Tuple[Tensor, Dict[str, Any]]:
@@ -253,7 +260,8 @@ def _attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) 
         who = (cfg.codistill_peer, cfg.codistill_peers)
         hook.order_data(task, str(cfg.codistill_data), *who, cfg.train_subset, cfg.seed)
     if not config.active(cfg):
-        logger.info("codistillation: no peers are configured, so this trains alone, exactly as cross_entropy does")
+        how = "as cross_entropy does, with the fused loss" if cfg.codistill_fused_ce else "exactly as cross_entropy does"
+        logger.info(f"codistillation: no peers are configured, so this trains alone, {how}")
         return
     frozen = lambda: teachers.load(cfg.codistill_teacher, task)  # noqa: E731
     hook.attach(task, _codistiller(cfg), _run(task, cfg), cfg.train_subset, frozen, trains)

@@ -59,11 +59,12 @@ class Sums(NamedTuple):
 
 
 def fused(
-    features_NC: Tensor, weight_VC: Tensor, bias_V: Optional[Tensor], target_N: Tensor, peers: Sequence[Peer],
-    objective: Objective, chunk: Optional[int] = None,
+    features_NC: Tensor, weight_VC: Tensor, bias_V: Optional[Tensor], target_N: Tensor, peers: Sequence[Peer] = (),
+    objective: Optional[Objective] = None, chunk: Optional[int] = None,
 ) -> Sums:  # fmt: skip
     """What cross entropy and `losses` give for the logits `features @ weight.T + bias`, summed over positions.
 
+    Without peers it is cross entropy alone, and needs no `objective`.
     `chunk`: positions at a time, unless the device decides. Half-precision logits are widened to float32 first; the
     gradient of the weight is summed up in float32.
     """
@@ -106,9 +107,10 @@ class _Run:
     """One pass: sums and gradients so far. `weight_VC` in the dtype of the matrix products."""
 
     def __init__(
-        self, weight_VC: Tensor, bias_V: Optional[Tensor], objective: Objective, needed: Sequence[bool], peers: int
+        self, weight_VC: Tensor, bias_V: Optional[Tensor], objective: Optional[Objective], needed: Sequence[bool], peers: int
     ) -> None:  # fmt: skip
         self.weight_VC, self.bias_V, self.objective = weight_VC, bias_V, objective
+        self.alpha, self.peers = objective.alpha if peers else 0.0, peers
         self.dtype = weight_VC.dtype
         self.wide = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
         self.scale = _FP16_SCALE if self.dtype == torch.float16 else 1.0
@@ -120,6 +122,17 @@ class _Run:
 
     def chunk(self, features_nC: Tensor, target_n: Tensor, peers) -> None:
         own = _Own(F.linear(features_nC, self.weight_VC, self.bias_V).to(self.wide))
+        self.nll += (own.log_total_n - own.logits_nV.gather(-1, target_n.unsqueeze(-1)).squeeze(-1)).sum()
+        # ∂/∂logits of cross entropy is softmax − one at the target; the buffer of the softmax takes all of it.
+        total_nV = own.probs_nV
+        if self.peers:
+            gradient_nV = self._compare(own, peers)
+            total_nV.add_(gradient_nV, alpha=self.alpha)
+        total_nV.scatter_add_(-1, target_n.unsqueeze(-1), total_nV.new_full((len(target_n), 1), -1.0))
+        self._push(total_nV, features_nC)
+
+    def _compare(self, own: _Own, peers) -> Tensor:
+        """∂D/∂logits [n, V]; D itself, agreement and dropped rows are added to the sums."""
         agreement: List[Tensor] = []
         dropped: List[Tensor] = []
         behind: List[Tensor] = []
@@ -133,14 +146,10 @@ class _Run:
                 del peer_nV  # before the next one is made
 
         value_n, gradient_nV = _distance(self.objective, own, logits(), behind, dropped)
-        self.nll += (own.log_total_n - own.logits_nV.gather(-1, target_n.unsqueeze(-1)).squeeze(-1)).sum()
         self.distance += value_n.sum()
         self.agreement += sum(agreement) / len(agreement)
         self.dropped += torch.stack([bad_n.sum() for bad_n in dropped])
-        # ∂/∂logits of cross entropy is softmax − one at the target; the buffer of the softmax takes all of it.
-        total_nV = own.probs_nV.add_(gradient_nV, alpha=self.objective.alpha)
-        total_nV.scatter_add_(-1, target_n.unsqueeze(-1), total_nV.new_full((len(target_n), 1), -1.0))
-        self._push(total_nV, features_nC)
+        return gradient_nV
 
     def _push(self, total_nV: Tensor, features_nC: Tensor) -> None:
         """From the gradient in the logits to those in features, weight and bias."""
@@ -162,7 +171,7 @@ class _Run:
             to_features.div_(self.scale)
             if self.to_weight_VC is not None:
                 self.to_weight_VC.div_(self.scale)
-        loss = self.nll + self.objective.alpha * self.distance
+        loss = self.nll + self.alpha * self.distance
         gradients = (to_features, self.to_weight_VC, self.to_bias_V)
         return (loss, self.nll, self.distance, self.agreement, self.dropped), gradients
 

@@ -83,6 +83,14 @@ class CodistillConfig(FairseqDataclass):
     codistill_wire_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
         None, "precision in which weights travel (default: bf16 for an fp32 model, else the model's)"
     )
+    codistill_init: ChoiceEnum(["own", "shared"]) = _option(
+        "own", "weights that training begins with: own, or shared, the first snapshot of peer 0"
+    )
+    codistill_pull: float = _option(
+        0.0,
+        "λ: at each exchange the weights move this part of the way to the mean of the peers' weights and these; 1: local SGD. "
+        "Peers should begin alike (--codistill-init shared)",
+    )
     codistill_sync: bool = _option(False, "lockstep: wait for the peers' snapshot of the same update (reproducible runs)")
     codistill_wait: float = _option(
         0.0, "seconds to wait at the start for the peers' first snapshots; with --codistill-sync, for each (0: 600)"
@@ -164,6 +172,12 @@ def check(cfg: CodistillConfig) -> None:
             "codistill_ce cannot publish the weights of --ddp-backend fully_sharded, whose ranks hold a shard each; "
             "use another backend inside a peer, such as the default pytorch_ddp."
         )
+    for name, given in (("codistill_pull", cfg.codistill_pull > 0), ("codistill_init", str(cfg.codistill_init) == "shared")):
+        if given and (cfg.codistill_teacher or str(cfg.codistill_loss) in CONTROLS):
+            raise ValueError(
+                f"{name} is {getattr(cfg, name)}, but needs peers that exchange weights, and with --codistill-teacher or "
+                "--codistill-loss uniform or unigram nothing is exchanged; leave one of them out."
+            )
     if cfg.model_parallel_size > 1 and active(cfg):
         raise ValueError("codistill_ce needs whole models, but --model-parallel-size is above 1; leave it at 1.")
     if cfg.label_smoothing is not None:
@@ -203,6 +217,7 @@ _RULES = (
     ("codistill_gamma", _finite(lambda v: v >= 0), "a finite number, not negative"),
     ("codistill_alpha_step", _finite(lambda v: True), "a finite number"),
     ("codistill_alpha_max", lambda v: v >= 0, "a number, not negative (inf: no limit)"),
+    ("codistill_pull", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ("codistill_burn_in", lambda v: v >= 0, "a number of updates, not negative"),
     ("codistill_wait", _finite(lambda v: v >= 0), "a finite number of seconds, not negative"),
     ("codistill_max_staleness", lambda v: v >= 1, "at least 1 update"),

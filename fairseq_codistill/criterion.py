@@ -293,6 +293,8 @@ def _codistiller(cfg: config.CodistillConfig) -> Codistiller:
         lockstep=cfg.codistill_sync,
         wait=cfg.codistill_wait,
         max_staleness=cfg.codistill_max_staleness,
+        shared_init=str(cfg.codistill_init) == "shared",
+        pull=cfg.codistill_pull,
         needs_peers=not control,
     )  # fmt: skip
 

@@ -41,10 +41,11 @@ LAYERS = {
     "core.fused": {"core.guard", "core.losses", "core.output_layer"},
     "core.output_layer": set(),
     "core.precision": {"core.output_layer"},
+    "core.pull": {"core.group", "exchange.snapshot"},
     "core.group": set(),
     "core.meeting": {"core.group", "exchange.courier", "exchange.exchange", "exchange.manifest"},
     "core.codistiller": {
-        "core.group", "core.int8", "core.meeting", "core.precision", "core.replica", "core.schedules",
+        "core.group", "core.int8", "core.meeting", "core.precision", "core.pull", "core.replica", "core.schedules",
         "core.topology", "exchange.courier", "exchange.exchange", "exchange.manifest", "exchange.snapshot",
         "exchange.structure", "exchange.worker",
     },  # fmt: skip
@@ -95,7 +96,8 @@ LAYERS = {
     "wrapping": set(),
     "ending": set(),
     "data_order": {"core.schedules", "wrapping"},
-    "hook": {"core.codistiller", "data_order", "ending", "exchange.exchange", "wrapping"},
+    "masters": set(),
+    "hook": {"core.codistiller", "data_order", "ending", "exchange.exchange", "masters", "wrapping"},
     "config": {"common.paths", "core.losses", "core.schedules", "core.topology"},
     "criterion": {
         "config", "core.codistiller", "core.fused", "core.guard", "core.losses",
@@ -121,6 +123,7 @@ FOREIGN = {
     "core.losses": {"torch"},
     "core.output_layer": {"torch"},
     "core.precision": {"torch"},
+    "core.pull": {"torch"},
     "core.replica": {"torch"},
     "core.schedules": set(),
     "core.topology": set(),
@@ -140,6 +143,7 @@ FOREIGN = {
     "exchange.url_store": {"fsspec"},
     "exchange.worker": set(),
     "hook": set(),
+    "masters": {"torch"},
     "registration": set(),
     "wrapping": set(),
 }

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ..exchange.courier import Courier
 from ..exchange.exchange import SILENT_SECONDS, Exchange, Run
-from ..exchange.manifest import BadSnapshot, Manifest
-from ..exchange.snapshot import Weights, fingerprint, tensors_of
+from ..exchange.manifest import BadSnapshot, Manifest, plain
+from ..exchange.snapshot import Weights, as_sent, fingerprint, tensors_of
 from ..exchange.structure import structure
 from ..exchange.worker import Worker
 from . import group, precision
 from .int8 import load
 from .meeting import Meeting
+from .pull import Masters, Pull, begin_with
 from .replica import freeze, replica
 from .schedules import AlphaSchedule
 from .topology import Edge, learners_of, teachers_of
@@ -93,7 +94,8 @@ class Codistiller:
     `wire_dtype`: what floats travel as (None: float32 as bfloat16, others as they are); `in_background`: exchange beside
     the training, unless in lockstep; `updates`: where training ends, if known; `needs_peers`: False for the smoothing
     controls, which teach without a peer; `frozen`: offline teachers; `every`: of so many updates one is taught; `peer_dtype`:
-    a dtype for the peers, None for the model's, or `precision.AUTO`.
+    a dtype for the peers, None for the model's, or `precision.AUTO`; `shared_init`: begin with peer 0's first snapshot; `pull`:
+    λ of `core.pull`; `masters`: the wide copies that the optimizer steps on.
     """
 
     peer: int
@@ -113,6 +115,9 @@ class Codistiller:
     in_background: bool = True
     updates: Optional[int] = None
     every: int = 1
+    shared_init: bool = False
+    pull: float = 0.0
+    masters: Masters = dict
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
 
@@ -130,6 +135,7 @@ class Codistiller:
         self._exchanged: Optional[float] = None  # when, by time.monotonic
         self._checkpoints = (0, 0)  # updates of the last checkpoint but one, and of the last
         self._left = False
+        self._pull: Optional[Pull] = None
         self._guessed = False  # the peers' precision: then it may be given up
 
     # What the hook tells.
@@ -237,13 +243,14 @@ class Codistiller:
         self._started = update
         group.by_rank_0(lambda: self._begin_exchange(update))
         self._meeting = Meeting(self.exchange, self._courier, self._teachers, self.sleep)
+        if self.pull:
+            self._pull = Pull(self.pull, self.peer, self._teachers, self._wire, lambda: self.masters())
 
     def _begin_exchange(self, update: int) -> None:
         architecture = fingerprint(self._model)
         past = self._ask_mine(self._past, update, architecture)
-        wire = self.wire_dtype or (torch.bfloat16 if _dtype_of(self._model) == torch.float32 else None)
         self._courier = Courier(
-            self.exchange, self._teachers, architecture, tensors_of(self._model), wire,
+            self.exchange, self._teachers, architecture, tensors_of(self._model), self._wire,
             self.in_background and not self.lockstep, self.updates, self.clock, self._mine,
         )  # fmt: skip
         self._courier.start()
@@ -259,6 +266,11 @@ class Codistiller:
 
     def _warn_of_options(self, update: int, past: Optional[Manifest]) -> None:
         """Of what was hardly meant. It is said, and changes nothing."""
+        if self.pull and not self.shared_init and update == 0:
+            logger.warning(
+                "codistillation: --codistill-pull averages weights, which helps only peers of one start: if they do not begin "
+                "from one checkpoint, did you forget --codistill-init shared?"
+            )
         values = {"interval": self.interval, "every": self.every, "burn-in": self.schedule.burn_in}
         for name, value in values.items() if self.updates else ():
             if value >= self.updates:
@@ -302,11 +314,19 @@ class Codistiller:
                 self._courier.watch()
 
     def _exchange(self, update: int, first: bool) -> None:
+        begins = first and update == 0 and self.shared_init
+        if begins and self.peer != 0:
+            begin_with(self._model, self._first_of_peer_0(), self.masters)
         if self._leads:
             try:
                 self._show(update, first)
             except Exception as error:  # the other ranks wait for me
                 logger.warning(f"codistillation: at update {update} nothing was published: {error}; training goes on")
+        if begins and self.peer == 0:  # as the others read it: rounded on the way
+            mine = {name: as_sent(tensor, self._wire) for name, tensor in tensors_of(self._model).items()}
+            begin_with(self._model, mine, self.masters)
+        if self._pull is not None and self._leads:
+            self._pull.note(self._model)
         if first and self.wait:
             self._meeting.await_first_snapshots(self.wait)
         self._due = list(self._teachers)
@@ -316,6 +336,37 @@ class Codistiller:
         elif update >= self.interval:
             self._meeting.meet(update - update % self.interval, self.wait or LOCKSTEP_WAIT)
             self._reload(True, update - update % self.interval)
+
+    def _first_of_peer_0(self) -> Optional[Weights]:
+        """What every peer begins with, on rank 0: the first snapshot of peer 0, or its newest where that is gone.
+
+        Raises ValueError, on every rank, where none comes."""
+        found: List[Tuple[Manifest, Weights]] = []
+        seconds, reason = self.wait or LOCKSTEP_WAIT, []
+
+        def ready() -> bool:
+            try:
+                found.extend(self._ask_mine(self._read_first))
+            except Exception as error:
+                reason[:] = [f" (the last look: {plain(str(error))})"]
+            return bool(found)
+
+        if not self._meeting.until(ready, seconds):
+            raise ValueError(
+                f"codistill_init shared needs the first snapshot of peer 0, but none has come to {self.exchange.store} within "
+                f"{seconds:g} s{''.join(reason)}; does peer 0 run, and see this directory? --codistill-wait sets the time."
+            )
+        if not found:
+            return None
+        logger.info(f"codistillation: begins with the weights of peer 0 as of its update {found[0][0].update}")
+        return found[0][1]
+
+    def _read_first(self) -> List[Tuple[Manifest, Weights]]:
+        manifest = self.exchange.at(0, 0) or self.exchange.newest(0)
+        if manifest is None:
+            return []
+        weights = self.exchange.fetch(0, manifest, self._courier.fingerprint, tensors_of(self._model))
+        return [] if weights is None else [(manifest, weights)]
 
     def _show(self, update: int, first: bool) -> None:
         """To the others: where I am, and my weights."""
@@ -349,9 +400,14 @@ class Codistiller:
                 if found is not None:
                     news.append((teacher, *found))
             self._courier.warn_of_silent(self._due, self._update)
-        for peer, manifest in group.share([(peer, manifest) for peer, manifest, _ in news]):
+        shared = group.share([(peer, manifest) for peer, manifest, _ in news])
+        for peer, manifest in shared:
             self._take(peer, manifest, next((weights for p, _, weights in news if p == peer), None))
             self._due.remove(peer)
+        # In lockstep what is only read again, since this run was resumed, has pulled already.
+        if shared and self._pull is not None and (not self.lockstep or self._update % self.interval == 0):
+            held = {peer for peer, held in self._held.items() if self._may_teach(held, self._update)}
+            self._pull.to(self._model, self._update, {peer: weights for peer, _, weights in news if peer in held})
         if news:
             self._courier.holds({peer: held.manifest.update for peer, held in self._held.items()})
 
@@ -387,6 +443,10 @@ class Codistiller:
         return model
 
     # Small questions.
+
+    @property
+    def _wire(self) -> Optional[torch.dtype]:
+        return self.wire_dtype or (torch.bfloat16 if _dtype_of(self._model) == torch.float32 else None)
 
     def _asked_for_seconds(self) -> float:
         """Copying weights, and waiting where that was asked for: not counted as visible."""

@@ -28,6 +28,10 @@ class Meeting:
         self._missed: Dict[int, Any] = {}  # teachers that missed a meeting, and their last sign of life then
         self._slow: Set[int] = set()  # teachers whose last read did not end in time
 
+    def until(self, ready: Callable[[], bool], seconds: float) -> bool:
+        """Until rank 0 finds it `ready`; False if that took longer than `seconds`. `ready` must not raise."""
+        return self._await(ready, seconds)
+
     def await_first_snapshots(self, seconds: float) -> None:
         """Until each teacher has published something."""
         everybody = lambda: all(self._look(teacher, None) for teacher in self._teachers)  # noqa: E731

@@ -30,7 +30,7 @@ from fairseq_codistill.criterion import _DTYPES
 from fairseq_codistill.exchange.exchange import Run
 
 PARTS = ("peers", "forward", "backward", "rest")
-_TRAINING = "--optimizer adam --lr 1e-4 --clip-norm 1.0 --num-workers 0 --required-batch-size-multiple 1 --seed 1"
+TRAINING = "--optimizer adam --lr 1e-4 --clip-norm 1.0 --num-workers 0 --required-batch-size-multiple 1 --seed 1"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Step:
     """One method on one setting, made ready; `run()` is a training step and gives the seconds of its parts."""
 
     def __init__(self, setting: Setting, method: Method, data: Path) -> None:
-        words = [str(data), *setting.words.split(), *method.words().split(), *_TRAINING.split()]
+        words = [str(data), *setting.words.split(), *method.words().split(), *TRAINING.split()]
         words += ["--batch-size" if setting.image_size else "--max-tokens", str(setting.tokens)]
         words += [] if setting.needs_gpu else ["--cpu"]
         args = options.parse_args_and_arch(options.get_training_parser(), words)

@@ -91,9 +91,9 @@ class Pull:
 
 def begin_with(model: nn.Module, weights: Optional[Weights], masters: Masters) -> None:
     """Give `model` the tensors `weights`, which rank 0 alone has; and the optimizer, too."""
-    wide_copies, parameters = masters(), {name: parameter for name, parameter in parameters_of(model).items()}
+    wide_copies, parameters = masters(), parameters_of(model)
     for name, tensor in tensors_of(model).items():
-        value = weights[name].to(tensor.device, tensor.dtype) if group.leads() else torch.empty_like(tensor)
+        value = torch.empty_like(tensor) if weights is None else weights[name].to(tensor.device, tensor.dtype)
         value = value.contiguous()
         _broadcast(value)
         tensor.copy_(value)

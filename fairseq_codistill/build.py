@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
 
 import torch
 
 from . import config, ema, hook, stalled, teachers
 from .core.codistiller import Codistiller
 from .core.losses import CONTROLS
+from .core.precision import AUTO
 from .core.schedules import AlphaSchedule
 from .core.topology import edges_of
 from .data_order import order_data, schedule_weight_decay
@@ -20,7 +21,7 @@ from .exchange.stores import open_store
 
 logger = logging.getLogger(__name__)
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, None: None}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 def attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) -> None:
@@ -32,9 +33,7 @@ def attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) -
     if peers > 1 and str(cfg.codistill_data) != "independent":
         order_data(task, str(cfg.codistill_data), peer, peers, cfg.train_subset, cfg.seed)
     if not config.active(cfg):
-        plain = "label_smoothed_cross_entropy" if cfg.codistill_label_smoothing else "cross_entropy"
-        with_rdrop = ", with R-Drop" if cfg.codistill_rdrop else ""
-        logger.info(f"codistillation: no peers are configured, so this trains alone, exactly as {plain} does{with_rdrop}")
+        logger.info(f"codistillation: no peers are configured, so this trains alone, {_alone(cfg)}")
         return
     frozen = lambda: teachers.load(cfg.codistill_teacher, task)  # noqa: E731
     codistiller = codistiller_of(cfg)
@@ -45,14 +44,17 @@ def attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) -
         stalled.teach_when_stalled(task, codistiller.teachers, cfg.codistill_when_stalled, cfg.save_dir)
 
 
+def _alone(cfg: config.CodistillConfig) -> str:
+    plain = "label_smoothed_cross_entropy" if cfg.codistill_label_smoothing else "cross_entropy"
+    exactly, fused = ("", ", with the fused loss") if cfg.codistill_fused_ce else ("exactly ", "")
+    return f"{exactly}as {plain} does{fused}" + (", with R-Drop" if cfg.codistill_rdrop else "")
+
+
 def codistiller_of(cfg: config.CodistillConfig) -> Codistiller:
     control = str(cfg.codistill_loss) in CONTROLS
     peer, peers = config.peers_of(cfg)
     exchanges = peers > 1 and not control and not cfg.codistill_teacher
     assert cfg.codistill_alpha is not None and cfg.codistill_interval is not None, "see config.fill_defaults"
-    peer_dtype, wire_dtype = (
-        TORCH_DTYPES[None if value is None else str(value)] for value in (cfg.codistill_peer_dtype, cfg.codistill_wire_dtype)
-    )
     return Codistiller(
         peer=peer,
         peers=peers,
@@ -65,14 +67,23 @@ def codistiller_of(cfg: config.CodistillConfig) -> Codistiller:
         edges=edges_of(cfg.codistill_topology, peers),
         interval=cfg.codistill_interval,
         every=cfg.codistill_every,
-        peer_dtype=peer_dtype,
-        wire_dtype=wire_dtype,
+        peer_dtype=_peer_dtype(cfg),
+        wire_dtype=None if cfg.codistill_wire_dtype is None else TORCH_DTYPES[str(cfg.codistill_wire_dtype)],
         updates=cfg.max_update or None,
         lockstep=cfg.codistill_sync,
         wait=cfg.codistill_wait,
         max_staleness=cfg.codistill_max_staleness,
+        shared_init=str(cfg.codistill_init) == "shared",
+        pull=cfg.codistill_pull,
         needs_peers=not control,
     )  # fmt: skip
+
+
+def _peer_dtype(cfg: config.CodistillConfig) -> Union[torch.dtype, str, None]:
+    """See `Codistiller`; None is the model's own."""
+    if str(cfg.codistill_peer_dtype) == AUTO:
+        return None if cfg.amp else AUTO  # autocast computes in 16 bits already
+    return None if cfg.codistill_peer_dtype is None else TORCH_DTYPES[str(cfg.codistill_peer_dtype)]
 
 
 def run_of(task: Any, cfg: config.CodistillConfig) -> Run:

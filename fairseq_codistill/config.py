@@ -90,10 +90,15 @@ class CodistillConfig(FairseqDataclass):
         "β of R-Drop in training: two passes with different dropout, taught by the peers both, and β times the symmetric KL "
         "between them; half of --rdrop-alpha of label_smoothed_cross_entropy_with_rdrop, whose loss is twice this one",
     )
-    codistill_peer_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(  # type: ignore[valid-type]
-        None,
-        "precision of the peers' weights and forward (default: the model's); bf16 is fastest where the processor has it, "
-        "int8 saves memory and costs time",
+    codistill_peer_dtype: Optional[ChoiceEnum(["auto", *DTYPES])] = _option(  # type: ignore[valid-type]
+        "auto",
+        "precision of the peers' weights and forward; auto: bf16 for an fp32 model where the processor or GPU multiplies it "
+        "fast (AMX, AVX512_BF16, compute capability 8), else the model's; int8 saves memory and costs time",
+    )
+    codistill_fused_ce: bool = _option(
+        False,
+        "updates without a teacher (no peers, burn-in, α 0) use the fused cross entropy, too: faster and with less memory than "
+        "fairseq's, the same but for rounding",
     )
     codistill_every: int = _option(
         1, "distil on every k-th update only, the others are plain and cheaper; α is not raised for it"
@@ -103,6 +108,14 @@ class CodistillConfig(FairseqDataclass):
     )
     codistill_publish_ema: bool = _option(
         False, "publish the averaged weights that --store-ema keeps, so that the peers learn from them"
+    )
+    codistill_init: ChoiceEnum(["own", "shared"]) = _option(  # type: ignore[valid-type]
+        "own", "weights that training begins with: own, or shared, the first snapshot of peer 0"
+    )
+    codistill_pull: float = _option(
+        0.0,
+        "λ: at each exchange the weights move this part of the way to the mean of the peers' weights and these; 1: local SGD. "
+        "Peers should begin alike (--codistill-init shared)",
     )
     codistill_sync: bool = _option(False, "lockstep: wait for the peers' snapshot of the same update (reproducible runs)")
     codistill_wait: float = _option(
@@ -130,6 +143,7 @@ class CodistillConfig(FairseqDataclass):
     disable_validation: bool = II("dataset.disable_validation")
     save_dir: str = II("checkpoint.save_dir")
     store_ema: bool = II("ema.store_ema")
+    amp: bool = II("common.amp")
 
 
 def read_environment(cfg: CodistillConfig) -> CodistillConfig:
@@ -201,6 +215,12 @@ def check(cfg: CodistillConfig) -> None:
             "codistill_ce cannot publish the weights of --ddp-backend fully_sharded, whose ranks hold a shard each; "
             "use another backend inside a peer, such as the default pytorch_ddp."
         )
+    for name, given in (("codistill_pull", cfg.codistill_pull > 0), ("codistill_init", str(cfg.codistill_init) == "shared")):
+        if given and (cfg.codistill_teacher or str(cfg.codistill_loss) in CONTROLS):
+            raise ValueError(
+                f"{name} is {getattr(cfg, name)}, but needs peers that exchange weights, and with --codistill-teacher or "
+                "--codistill-loss uniform or unigram nothing is exchanged; leave one of them out."
+            )
     if cfg.model_parallel_size > 1 and active(cfg):
         raise ValueError("codistill_ce needs whole models, but --model-parallel-size is above 1; leave it at 1.")
     if cfg.label_smoothing is not None:
@@ -241,6 +261,7 @@ _RULES = (
     ("codistill_alpha_step", _finite(lambda v: True), "a finite number"),
     ("codistill_alpha_max", lambda v: v >= 0, "a number, not negative (inf: no limit)"),
     ("codistill_alpha_warmup_epochs", lambda v: v >= 0, "a number of epochs, not negative"),
+    ("codistill_pull", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ("codistill_burn_in", lambda v: v >= 0, "a number of updates, not negative"),
     ("codistill_until", lambda v: v >= 1, "at least 1 update"),
     ("codistill_when_stalled", lambda v: v >= 0, "a number of validations, not negative"),
@@ -292,6 +313,11 @@ def _check_levers(cfg: CodistillConfig) -> None:
         raise ValueError(
             "codistill_publish_ema needs the averaged weights that fairseq keeps with --store-ema, but that is not given; did "
             "you forget it?"
+        )
+    if cfg.codistill_publish_ema and (cfg.codistill_pull or str(cfg.codistill_init) == "shared"):
+        raise ValueError(
+            "codistill_publish_ema publishes averaged weights, but --codistill-pull and --codistill-init shared are for the "
+            "weights that are trained; leave one of them out."
         )
     if cfg.codistill_label_smoothing and str(cfg.codistill_loss) == "uniform":
         raise ValueError(

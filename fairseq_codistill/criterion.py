@@ -44,6 +44,7 @@ class CodistillCriterion(CrossEntropyCriterion):
         self.gate = str(cfg.codistill_gate)
         self.label_smoothing = cfg.codistill_label_smoothing
         self.rdrop = cfg.codistill_rdrop
+        self.fused_ce = cfg.codistill_fused_ce
         self._frequencies: Optional[Tensor] = None
         self._probe = Probe(fuses=self.distance_name not in CONTROLS)
         self._warner = Warner()
@@ -55,7 +56,8 @@ class CodistillCriterion(CrossEntropyCriterion):
         """The loss, its sample size, and what to log, as `cross_entropy` gives them."""
         teaching = sample.get(hook.TEACHING)
         layers = None
-        if teaching is not None:
+        without = self.fused_ce and torch.is_grad_enabled()  # in validation, never
+        if teaching is not None or without:
             self._probe.try_out(model, sample, teaching, fuses=reduce)
             layers = self._probe.output_layers(model, teaching) if reduce else None
         if layers is not None:
@@ -119,15 +121,15 @@ class CodistillCriterion(CrossEntropyCriterion):
     def _rdrop_now(self) -> float:
         return self.rdrop if self.training else 0.0
 
-    def _fused(self, model, sample, teaching: Teaching, layers: Sequence[nn.Linear]):
+    def _fused(self, model, sample, teaching: Optional[Teaching], layers: Sequence[nn.Linear]):
         """As `_whole`, without ever holding all logits. `layers`: the output layers, of this model and then of each peer."""
         target_N = sample["target"].reshape(-1)
         kept = (target_N != self.padding_idx).nonzero().squeeze(-1)
-        peers = self._peers_features(teaching, sample["net_input"], layers[1:], kept)
+        peers = [] if teaching is None else self._peers_features(teaching, sample["net_input"], layers[1:], kept)
         own_rows = passes_first(sample["target"]).view(2, -1)[:, kept].reshape(-1) if self._rdrop_now else kept
         objective = Objective(
-            self.distance_name, self.aggregate, self.temperature, teaching.alpha, self.gate, self._smoothing_now,
-            self._rdrop_now,
+            self.distance_name, self.aggregate, self.temperature, 0.0 if teaching is None else teaching.alpha, self.gate,
+            self._smoothing_now, self._rdrop_now,
         )  # fmt: skip
         sums: List[Sums] = []
 
@@ -139,10 +141,13 @@ class CodistillCriterion(CrossEntropyCriterion):
         # Inside the model's forward, so that data-parallel wrappers see every parameter used there.
         with replaced(layers[0], loss_of):
             loss = first(model(**self._seen(sample)["net_input"]))
+        log = {"codistill_rdrop": sums[0].rdrop} if self._rdrop_now else {}
+        if teaching is None:
+            return loss, sums[0].nll, log
         positions = torch.tensor(kept.numel(), device=kept.device)
         gate = None if self.gate == "none" else sums[0].gate
-        log = self._log(teaching, sums[0].distance, positions, sums[0].agreement, sums[0].dropped, gate)
-        return loss, sums[0].nll, {**log, "codistill_rdrop": sums[0].rdrop} if self._rdrop_now else log
+        more = self._log(teaching, sums[0].distance, positions, sums[0].agreement, sums[0].dropped, gate)
+        return loss, sums[0].nll, {**log, **more}
 
     def _peers_features(self, teaching: Teaching, net_input, layers: Sequence[nn.Linear], kept: Tensor) -> List[Peer]:
         """What goes into each peer's output layer, at the kept positions, and that layer."""

@@ -13,7 +13,7 @@ def config(**options):
     """The options as fairseq hands them over: its own values filled in."""
     defaults = {field.name: field.default for field in dataclasses.fields(CodistillConfig) if field.name != "_name"}
     defaults.update(sentence_avg=False, ddp_backend="pytorch_ddp", model_parallel_size=1, train_subset="train", max_update=0)
-    defaults.update(disable_validation=False, save_dir="checkpoints", store_ema=False)
+    defaults.update(disable_validation=False, save_dir="checkpoints", store_ema=False, amp=False)
     defaults.update({name if name in defaults else f"codistill_{name}": value for name, value in options.items()})
     return CodistillConfig(**defaults)
 
@@ -58,6 +58,8 @@ BAD = [
     (dict(when_stalled=-1), "codistill_when_stalled must be a number of validations, not negative, but is -1 instead."),
     (dict(when_stalled=2, peers=2, dir="x", disable_validation=True), "codistill_when_stalled needs validations, but"),
     (dict(publish_ema=True), "codistill_publish_ema needs the averaged weights that fairseq keeps with --store-ema, but that"),
+    (dict(publish_ema=True, store_ema=True, pull=0.5), "codistill_publish_ema publishes averaged weights, but"),
+    (dict(publish_ema=True, store_ema=True, init="shared"), "codistill_publish_ema publishes averaged weights, but"),
     (dict(rdrop=-1.0), "codistill_rdrop must be a finite number, not negative, but is -1.0 instead."),
     (dict(wait=-1.0), "codistill_wait must be a finite number of seconds"),
     (dict(max_staleness=0), "codistill_max_staleness must be at least 1 update"),

@@ -60,6 +60,9 @@ class Objective:
         return 2 if self.rdrop else 1
 
 
+_CROSS_ENTROPY = Objective("ce")  # without peers, whatever the distance
+
+
 class Sums(NamedTuple):
     """Sums over the N positions. Only `loss` can be differentiated: in features, weight and bias."""
 
@@ -73,16 +76,17 @@ class Sums(NamedTuple):
 
 
 def fused(
-    features_NC: Tensor, weight_VC: Tensor, bias_V: Optional[Tensor], target_N: Tensor, peers: Sequence[Peer],
-    objective: Objective, chunk: Optional[int] = None,
+    features_NC: Tensor, weight_VC: Tensor, bias_V: Optional[Tensor], target_N: Tensor, peers: Sequence[Peer] = (),
+    objective: Optional[Objective] = None, chunk: Optional[int] = None,
 ) -> Sums:  # fmt: skip
     """What cross entropy and `losses` give for the logits `features @ weight.T + bias`, summed over positions.
 
     With `objective.rdrop` the features are [2N, C], of the first pass and then of the second, and the sums are means over both;
-    target and peers are as ever. `chunk`: positions at a time, unless the device decides. Half-precision logits are widened to
-    float32 first; the gradient of the weight is summed up in float32.
+    target and peers are as ever. Without peers it is the cross entropy alone, and `objective` may be left out. `chunk`:
+    positions at a time, unless the device decides. Half-precision logits are widened to float32 first; the gradient of the
+    weight is summed up in float32.
     """
-    return Sums(*_Fused.apply(features_NC, weight_VC, bias_V, target_N, peers, objective, chunk))
+    return Sums(*_Fused.apply(features_NC, weight_VC, bias_V, target_N, peers, objective or _CROSS_ENTROPY, chunk))
 
 
 def agrees(peer_NV: Tensor, own_top_N: Tensor) -> Tensor:
@@ -125,7 +129,7 @@ class _Run:
     def __init__(
         self, weight_VC: Tensor, bias_V: Optional[Tensor], objective: Objective, needed: Sequence[bool], peers: int
     ) -> None:  # fmt: skip
-        self.weight_VC, self.bias_V, self.objective = weight_VC, bias_V, objective
+        self.weight_VC, self.bias_V, self.objective, self.peers = weight_VC, bias_V, objective, peers
         self.dtype = weight_VC.dtype
         self.wide = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
         self.scale = _FP16_SCALE if self.dtype == torch.float16 else 1.0
@@ -143,6 +147,26 @@ class _Run:
     def chunk(self, features_nC: Tensor, target_n: Tensor, peers) -> None:
         """Add the positions of a chunk; with two passes those of both, for which the peers are asked once."""
         own = _OwnLogits(F.linear(features_nC, self.weight_VC, self.bias_V).to(self.wide))
+        gradient_nV = self._compare(own, target_n, peers) if self.peers else None
+        self.nll += (own.log_total_n - at_target(own.logits_nV, target_n)).sum()
+        if self.objective.smoothing:
+            self.all_classes += own.log_total_n.sum() * own.logits_nV.size(-1) - own.logits_nV.sum()
+        if self.objective.rdrop:
+            apart_n, apart_nV = symmetric_kl_gradient(own.logits_nV, own.probs_nV, own.log_total_n)
+            self.apart += apart_n.sum()
+        # ∂/∂logits of cross entropy is softmax − labels; the buffer of the softmax takes all of it.
+        total_nV = own.probs_nV
+        if gradient_nV is not None:
+            total_nV.add_(gradient_nV, alpha=self.objective.alpha)
+        if self.objective.smoothing:
+            total_nV.sub_(self.other)
+        total_nV.scatter_add_(-1, target_n.unsqueeze(-1), total_nV.new_full((len(target_n), 1), -self.own))
+        if self.objective.rdrop:
+            total_nV = apart_nV.mul_(self.objective.rdrop).add_(total_nV, alpha=1 / self.objective.passes)
+        self._push(total_nV, features_nC)
+
+    def _compare(self, own: _OwnLogits, target_n: Tensor, peers) -> Tensor:
+        """∂D/∂logits [n, V]; D itself, the gate's weights, agreement and dropped rows are added to the sums."""
         agreement: List[Tensor] = []
         dropped: List[Tensor] = []
         behind: List[Tensor] = []
@@ -161,23 +185,10 @@ class _Run:
         value_n, gradient_nV = _distance(self.objective, own, logits(), behind, dropped, gate)
         if gate is not None:
             self.gate += gate.mean().sum()
-        self.nll += (own.log_total_n - at_target(own.logits_nV, target_n)).sum()
-        if self.objective.smoothing:
-            self.all_classes += own.log_total_n.sum() * own.logits_nV.size(-1) - own.logits_nV.sum()
         self.distance += value_n.sum()
-        self.agreement += sum(agreement) / len(agreement)
+        self.agreement += torch.stack(agreement).sum() / len(agreement)
         self.dropped += torch.stack([bad_n.sum() for bad_n in dropped])
-        if self.objective.rdrop:
-            apart_n, apart_nV = symmetric_kl_gradient(own.logits_nV, own.probs_nV, own.log_total_n)
-            self.apart += apart_n.sum()
-        # ∂/∂logits of cross entropy is softmax − labels; the buffer of the softmax takes all of it.
-        total_nV = own.probs_nV.add_(gradient_nV, alpha=self.objective.alpha)
-        if self.objective.smoothing:
-            total_nV.sub_(self.other)
-        total_nV.scatter_add_(-1, target_n.unsqueeze(-1), total_nV.new_full((len(target_n), 1), -self.own))
-        if self.objective.rdrop:
-            total_nV = apart_nV.mul_(self.objective.rdrop).add_(total_nV, alpha=1 / self.objective.passes)
-        self._push(total_nV, features_nC)
+        return gradient_nV
 
     def _push(self, total_nV: Tensor, features_nC: Tensor) -> None:
         """From the gradient in the logits to those in features, weight and bias."""

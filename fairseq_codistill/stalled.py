@@ -7,6 +7,7 @@ update takes those up to there, whichever checkpoint it came from, and whether o
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from pathlib import Path
@@ -55,7 +56,7 @@ def teach_when_stalled(task: Any, codistiller: Codistiller, patience: int, save_
             )
 
     update_of = Argument(task.train_step, "update_num", TRAIN_STEP)
-    stats_of = Argument(getattr(task, "post_validate", None), "stats", ("model", "stats", "agg"))
+    stats_of = Argument(getattr(task, "post_validate", lambda model, stats, agg: None), "stats", ("model", "stats", "agg"))
     wrap(task, "train_step", train_step)
     wrap(task, "post_validate", post_validate)
 
@@ -110,8 +111,7 @@ class History:
 
 
 def _check_fairseq() -> None:
-    from fairseq_cli import train
-
+    train = importlib.import_module("fairseq_cli.train")
     if "post_validate" not in train.validate.__code__.co_names:
         raise ValueError(
             "codistill_when_stalled needs a fairseq that tells its task of validations (post_validate), but this one is older; "

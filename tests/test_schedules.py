@@ -37,13 +37,13 @@ def test_the_warmup_begins_after_the_burn_in():
         updates = (0, 99, 100, 101, 125, 149, 150, 10**6)
         return [pytest.approx(alpha_at("constant", 3, update, alpha=2.0, **settings)) for update in updates]
 
-    assert values(burn_in=100, warmup=50) == [0, 0, 0, 0.04, 1.0, 1.96, 2.0, 2.0]
-    assert values(warmup=200) == [0, 0.99, 1.0, 1.01, 1.25, 1.49, 1.5, 2.0]
+    assert values(burn_in=100, warmup_updates=50) == [0, 0, 0, 0.04, 1.0, 1.96, 2.0, 2.0]
+    assert values(warmup_updates=200) == [0, 0.99, 1.0, 1.01, 1.25, 1.49, 1.5, 2.0]
     assert values(burn_in=100) == [0, 0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
 
 
 def test_the_warmup_is_of_the_limited_alpha():
-    settings = dict(alpha=1.0, gamma=2.0, maximum=3.0, warmup=10)
+    settings = dict(alpha=1.0, gamma=2.0, maximum=3.0, warmup_updates=10)
     assert [alpha_at("exponential", epoch, 5, **settings) for epoch in (1, 2, 3)] == [0.5, 1.0, 1.5]
 
 
@@ -63,7 +63,7 @@ def test_where_the_validation_loss_has_stalled(patience, update):
 
 
 def test_teaching_and_its_warmup_begin_later():
-    schedule = AlphaSchedule("constant", 1.0, burn_in=10, warmup=10)
+    schedule = AlphaSchedule("constant", 1.0, burn_in=10, warmup_updates=10)
     assert [schedule.at(1, update, begin=20) for update in (15, 20, 25, 30, 40)] == [0, 0, 0.5, 1.0, 1.0]
     assert [schedule.at(1, update, begin=5) for update in (9, 10, 15, 20)] == [0, 0, 0.5, 1.0]
     assert schedule.at(1, 10**6, begin=None) == 0

@@ -56,20 +56,20 @@ def alpha_at(
     milestones: Sequence[float] = (),
     maximum: Optional[float] = None,
     burn_in: int = 0,
-    warmup: int = 0,
+    warmup_updates: int = 0,
     until: Optional[int] = None,
 ) -> float:
     """α for this epoch and update (0, 1, …): 0 before update `burn_in` (Anil et al., Algorithm 1), never above `maximum`.
     It is 0 again from update `until` on: with until = 500, update 499 is the last that is taught.
 
-    With `warmup` it grows from there by a straight line, to its full size after so many updates. With a constant α = 1,
-    burn_in = 100 and warmup = 50: updates 0–100 → 0, 101 → 0.02, 125 → 0.5, 149 → 0.98, 150– → 1.
+    With `warmup_updates` it grows from there by a straight line, to its full size after so many updates. With a constant α = 1,
+    burn_in = 100 and warmup_updates = 50: updates 0–100 → 0, 101 → 0.02, 125 → 0.5, 149 → 0.98, 150– → 1.
     """
     if update < burn_in or (until is not None and update >= until):
         return 0.0
     value = ALPHA_SCHEDULES[schedule](epoch, alpha=alpha, gamma=gamma, step=step, milestones=milestones)
     value = value if maximum is None else min(value, maximum)
-    return value if update >= burn_in + warmup else value * (update - burn_in) / warmup
+    return value if update >= burn_in + warmup_updates else value * (update - burn_in) / warmup_updates
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class AlphaSchedule:
     milestones: Sequence[float] = ()
     maximum: Optional[float] = None
     burn_in: int = 0
-    warmup: int = 0
+    warmup_updates: int = 0
     until: Optional[int] = None
 
     def at(self, epoch: int, update: int, begin: Optional[int] = 0) -> float:
@@ -92,8 +92,8 @@ class AlphaSchedule:
             return 0.0
         return alpha_at(
             self.name, epoch, update, alpha=self.alpha, gamma=self.gamma, step=self.step,
-            milestones=self.milestones, maximum=self.maximum, burn_in=max(begin, self.burn_in), warmup=self.warmup,
-            until=self.until,
+            milestones=self.milestones, maximum=self.maximum, burn_in=max(begin, self.burn_in),
+            warmup_updates=self.warmup_updates, until=self.until,
         )  # fmt: skip
 
     def options(self) -> Dict[str, Any]:
@@ -117,7 +117,7 @@ class AlphaSchedule:
 _OPTIONS = {
     "name": "codistill_alpha_schedule", "alpha": "codistill_alpha", "gamma": "codistill_gamma", "step": "codistill_alpha_step",
     "milestones": "codistill_milestones", "maximum": "codistill_alpha_max", "burn_in": "codistill_burn_in",
-    "warmup": "codistill_alpha_warmup", "until": "codistill_until",
+    "warmup_updates": "codistill_alpha_warmup", "until": "codistill_until",
 }  # fmt: skip
 
 

@@ -176,15 +176,15 @@ class CodistillCriterion(CrossEntropyCriterion):
             aggregate = AGGREGATES[self.aggregate]
             distance_N = aggregate(self.distance_name, own_NV, predictions, self.temperature, dropped, gate)
         distance_N = distance_N.masked_fill(~kept_N, 0)
-        positions, counts, shared, weights = kept_N.sum(), None, None, None
+        positions = kept_N.sum()
+        sums: List[Tensor] = []
         if agreement:
-            counts = torch.stack([(bad_N & kept_N).sum() for bad_N in dropped])
-            shared = torch.stack(agreement).sum() / len(agreement)
-            weights = None if gate is None else gate.mean().masked_fill(~kept_N, 0).sum()
+            sums = [torch.stack(agreement).sum() / len(agreement), torch.stack([(bad_N & kept_N).sum() for bad_N in dropped])]
+        if agreement and gate is not None:
+            sums.append(gate.mean().masked_fill(~kept_N, 0).sum())
         if self._rdrop_now:  # means over both passes
-            distance_N, positions = folded(distance_N), positions // 2
-            counts, shared, weights = (None if x is None else x / 2 for x in (counts, shared, weights))
-        return distance_N, self._log(teaching, distance_N.sum().data, positions, shared, counts, weights)
+            distance_N, positions, sums = folded(distance_N), positions // 2, [value / 2 for value in sums]
+        return distance_N, self._log(teaching, distance_N.sum().data, positions, *sums)
 
     def _log(
         self, teaching: Teaching, distance: Tensor, positions: Tensor, agreement: Optional[Tensor] = None,

@@ -110,6 +110,14 @@ def test_both_paths_are_one(setting, choice):
         torch.testing.assert_close(loss, log["nll_loss"] + 0.7 * log["codistill_loss"] + BETA * log["codistill_rdrop"])
 
 
+def test_both_paths_are_one_without_a_teacher(setting):
+    """--codistill-fused-ce."""
+    criterion = setting.criterion(loss="ce", rdrop=BETA, codistill_label_smoothing=EPSILON, fused_ce=True)
+    results = both(setting, criterion, setting.sample)
+    check_equal(results)
+    assert results[0][1]["codistill_rdrop"] > 0 and "codistill_loss" not in results[0][1]
+
+
 def test_both_paths_are_one_in_a_recurrent_model(data):
     other = Setting(data, CODISTILL, model=FUSED_MODELS["lstm"])
     check_equal(both(other, other.criterion(loss="ce", rdrop=BETA), other.teach()))

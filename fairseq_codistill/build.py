@@ -21,7 +21,7 @@ from .exchange.stores import open_store
 
 logger = logging.getLogger(__name__)
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, None: None}
 
 
 def attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) -> None:

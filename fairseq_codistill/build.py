@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
 
 import torch
 
-from . import config, hook, teachers
+from . import config, ema, hook, stalled, teachers
 from .core.codistiller import Codistiller
 from .core.losses import CONTROLS
+from .core.precision import AUTO
 from .core.schedules import AlphaSchedule
 from .core.topology import edges_of
 from .data_order import order_data, schedule_weight_decay
@@ -32,10 +33,21 @@ def attach(task: Any, cfg: config.CodistillConfig, trains: Callable[[], bool]) -
     if peers > 1 and str(cfg.codistill_data) != "independent":
         order_data(task, str(cfg.codistill_data), peer, peers, cfg.train_subset, cfg.seed)
     if not config.active(cfg):
-        logger.info("codistillation: no peers are configured, so this trains alone, exactly as cross_entropy does")
+        logger.info(f"codistillation: no peers are configured, so this trains alone, {_alone(cfg)}")
         return
     frozen = lambda: teachers.load(cfg.codistill_teacher, task)  # noqa: E731
-    hook.attach(task, codistiller_of(cfg), run_of(task, cfg), cfg.train_subset, frozen, trains)
+    codistiller = codistiller_of(cfg)
+    hook.attach(task, codistiller, run_of(task, cfg), cfg.train_subset, frozen, trains)
+    if cfg.codistill_publish_ema:
+        ema.publish_ema(task, codistiller)
+    if cfg.codistill_when_stalled:
+        stalled.teach_when_stalled(task, codistiller.teachers, cfg.codistill_when_stalled, cfg.save_dir)
+
+
+def _alone(cfg: config.CodistillConfig) -> str:
+    plain = "label_smoothed_cross_entropy" if cfg.codistill_label_smoothing else "cross_entropy"
+    exactly, fused = ("", ", with the fused loss") if cfg.codistill_fused_ce else ("exactly ", "")
+    return f"{exactly}as {plain} does{fused}" + (", with R-Drop" if cfg.codistill_rdrop else "")
 
 
 def codistiller_of(cfg: config.CodistillConfig) -> Codistiller:
@@ -43,29 +55,35 @@ def codistiller_of(cfg: config.CodistillConfig) -> Codistiller:
     peer, peers = config.peers_of(cfg)
     exchanges = peers > 1 and not control and not cfg.codistill_teacher
     assert cfg.codistill_alpha is not None and cfg.codistill_interval is not None, "see config.fill_defaults"
-    peer_dtype, wire_dtype = (
-        TORCH_DTYPES[None if value is None else str(value)] for value in (cfg.codistill_peer_dtype, cfg.codistill_wire_dtype)
-    )
     return Codistiller(
         peer=peer,
         peers=peers,
         schedule=AlphaSchedule(
             str(cfg.codistill_alpha_schedule), cfg.codistill_alpha, cfg.codistill_gamma, cfg.codistill_alpha_step,
             config.numbers(cfg, "codistill_milestones"), cfg.codistill_alpha_max, cfg.codistill_burn_in,
-            cfg.codistill_alpha_warmup_epochs or 0,
+            cfg.codistill_alpha_warmup_epochs or 0, cfg.codistill_until,
         ),
         exchange=Exchange(open_store(str(cfg.codistill_dir)), peer, restarted=config.is_restart()) if exchanges else None,
         edges=edges_of(cfg.codistill_topology, peers),
         interval=cfg.codistill_interval,
         every=cfg.codistill_every,
-        peer_dtype=peer_dtype,
-        wire_dtype=wire_dtype,
+        peer_dtype=_peer_dtype(cfg),
+        wire_dtype=None if cfg.codistill_wire_dtype is None else TORCH_DTYPES[str(cfg.codistill_wire_dtype)],
         updates=cfg.max_update or None,
         lockstep=cfg.codistill_sync,
         wait=cfg.codistill_wait,
         max_staleness=cfg.codistill_max_staleness,
+        shared_init=str(cfg.codistill_init) == "shared",
+        pull=cfg.codistill_pull,
         needs_peers=not control,
     )  # fmt: skip
+
+
+def _peer_dtype(cfg: config.CodistillConfig) -> Union[torch.dtype, str, None]:
+    """See `Codistiller`; None is the model's own."""
+    if str(cfg.codistill_peer_dtype) == AUTO:
+        return None if cfg.amp else AUTO  # autocast computes in 16 bits already
+    return None if cfg.codistill_peer_dtype is None else TORCH_DTYPES[str(cfg.codistill_peer_dtype)]
 
 
 def run_of(task: Any, cfg: config.CodistillConfig) -> Run:

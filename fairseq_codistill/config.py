@@ -14,6 +14,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from .common.paths import expanded
+from .core.gate import GATES
 from .core.losses import AGGREGATES, CONTROLS, DISTANCES
 from .core.schedules import ALPHA_SCHEDULES
 from .core.topology import edges_of
@@ -68,20 +69,53 @@ class CodistillConfig(FairseqDataclass):
         "over-fitted (default: 4 for peers and the exponential schedule, else 0)",
     )
     codistill_burn_in: int = _option(0, "updates before which α is 0 and no peer is run")
+    codistill_until: Optional[int] = _option(None, "update from which on α is 0 again and no peer is run")
+    codistill_when_stalled: int = _option(
+        0, "teach only once the validation loss has failed to improve so many times in a row; 0: always"
+    )
     codistill_topology: str = _option("all", "topology: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
     codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(  # type: ignore[valid-type]
         "pairwise", "pairwise: mean of the distances; mean: distance to the peers' mean prediction"
     )
-    codistill_peer_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(  # type: ignore[valid-type]
-        None,
-        "precision of the peers' weights and forward (default: the model's); bf16 is fastest where the processor has it, "
-        "int8 saves memory and costs time",
+    codistill_gate: ChoiceEnum(list(GATES)) = _option(  # type: ignore[valid-type]
+        "none",
+        "weight of the distance at each position, by the probabilities that the peer and this model give the target; soft: "
+        "min(1, peer's/own); hard: 1 where the peer's is higher, else 0; none: 1",
+    )
+    codistill_label_smoothing: float = _option(
+        0.0, "ε of label smoothing in training, as in label_smoothed_cross_entropy; nll_loss and validation are without it"
+    )
+    codistill_rdrop: float = _option(
+        0.0,
+        "β of R-Drop in training: two passes with different dropout, taught by the peers both, and β times the symmetric KL "
+        "between them; half of --rdrop-alpha of label_smoothed_cross_entropy_with_rdrop, whose loss is twice this one",
+    )
+    codistill_peer_dtype: Optional[ChoiceEnum(["auto", *DTYPES])] = _option(  # type: ignore[valid-type]
+        "auto",
+        "precision of the peers' weights and forward; auto: bf16 for an fp32 model where the processor or GPU multiplies it "
+        "fast (AMX, AVX512_BF16, compute capability 8), else the model's; int8 saves memory and costs time",
+    )
+    codistill_fused_ce: bool = _option(
+        False,
+        "updates without a teacher (no peers, burn-in, α 0) use the fused cross entropy, too: faster and with less memory than "
+        "fairseq's, the same but for rounding",
     )
     codistill_every: int = _option(
         1, "distil on every k-th update only, the others are plain and cheaper; α is not raised for it"
     )
     codistill_wire_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(  # type: ignore[valid-type]
         None, "precision in which weights travel (default: bf16 for an fp32 model, else the model's)"
+    )
+    codistill_publish_ema: bool = _option(
+        False, "publish the averaged weights that --store-ema keeps, so that the peers learn from them"
+    )
+    codistill_init: ChoiceEnum(["own", "shared"]) = _option(  # type: ignore[valid-type]
+        "own", "weights that training begins with: own, or shared, the first snapshot of peer 0"
+    )
+    codistill_pull: float = _option(
+        0.0,
+        "λ: at each exchange the weights move this part of the way to the mean of the peers' weights and these; 1: local SGD. "
+        "Peers should begin alike (--codistill-init shared)",
     )
     codistill_sync: bool = _option(False, "lockstep: wait for the peers' snapshot of the same update (reproducible runs)")
     codistill_wait: float = _option(
@@ -106,6 +140,10 @@ class CodistillConfig(FairseqDataclass):
     train_subset: str = II("dataset.train_subset")
     max_update: int = II("optimization.max_update")
     seed: int = II("common.seed")
+    disable_validation: bool = II("dataset.disable_validation")
+    save_dir: str = II("checkpoint.save_dir")
+    store_ema: bool = II("ema.store_ema")
+    amp: bool = II("common.amp")
 
 
 def read_environment(cfg: CodistillConfig) -> CodistillConfig:
@@ -171,17 +209,24 @@ def check(cfg: CodistillConfig) -> None:
     if any(later <= earlier for earlier, later in zip([0.0, *milestones], milestones)):
         raise ValueError(f"codistill_milestones must be epochs that increase, from above 0, but is {cfg.codistill_milestones}.")
     _check_milestones_used(cfg, milestones)
+    _check_levers(cfg)
     if cfg.ddp_backend == "fully_sharded" and active(cfg):
         raise ValueError(
             "codistill_ce cannot publish the weights of --ddp-backend fully_sharded, whose ranks hold a shard each; "
             "use another backend inside a peer, such as the default pytorch_ddp."
         )
+    for name, given in (("codistill_pull", cfg.codistill_pull > 0), ("codistill_init", str(cfg.codistill_init) == "shared")):
+        if given and (cfg.codistill_teacher or str(cfg.codistill_loss) in CONTROLS):
+            raise ValueError(
+                f"{name} is {getattr(cfg, name)}, but needs peers that exchange weights, and with --codistill-teacher or "
+                "--codistill-loss uniform or unigram nothing is exchanged; leave one of them out."
+            )
     if cfg.model_parallel_size > 1 and active(cfg):
         raise ValueError("codistill_ce needs whole models, but --model-parallel-size is above 1; leave it at 1.")
     if cfg.label_smoothing is not None:
         raise ValueError(
-            "codistill_ce smooths no labels (its loss is the true NLL and the distance to the peers), but --label-smoothing "
-            f"is {cfg.label_smoothing}; leave it out."
+            f"codistill_ce does not know --label-smoothing, which is {cfg.label_smoothing}; smooth labels with "
+            f"--codistill-label-smoothing {cfg.label_smoothing} instead."
         )
 
 
@@ -216,7 +261,12 @@ _RULES = (
     ("codistill_alpha_step", _finite(lambda v: True), "a finite number"),
     ("codistill_alpha_max", lambda v: v >= 0, "a number, not negative (inf: no limit)"),
     ("codistill_alpha_warmup_epochs", lambda v: v >= 0, "a number of epochs, not negative"),
+    ("codistill_pull", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ("codistill_burn_in", lambda v: v >= 0, "a number of updates, not negative"),
+    ("codistill_until", lambda v: v >= 1, "at least 1 update"),
+    ("codistill_when_stalled", lambda v: v >= 0, "a number of validations, not negative"),
+    ("codistill_label_smoothing", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("codistill_rdrop", _finite(lambda v: v >= 0), "a finite number, not negative"),
     ("codistill_wait", _finite(lambda v: v >= 0), "a finite number of seconds, not negative"),
     ("codistill_max_staleness", lambda v: v >= 1, "at least 1 update"),
 )
@@ -243,6 +293,36 @@ def _check_milestones_used(cfg: CodistillConfig, milestones: List[float]) -> Non
         raise ValueError(
             "codistill_weight_decays must be one number, not negative, before and after each milestone, so "
             f"{len(milestones) + 1} for {len(milestones)} milestones, but is {cfg.codistill_weight_decays}."
+        )
+
+
+def _check_levers(cfg: CodistillConfig) -> None:
+    if cfg.codistill_until is not None and cfg.codistill_until <= cfg.codistill_burn_in:
+        raise ValueError(
+            f"codistill_until must be above codistill_burn_in, which is {cfg.codistill_burn_in}, but is {cfg.codistill_until} "
+            "instead, so that no update would be taught."
+        )
+    if cfg.codistill_when_stalled and cfg.disable_validation and active(cfg):
+        raise ValueError("codistill_when_stalled needs validations, but --disable-validation is given; leave one of them out.")
+    if str(cfg.codistill_gate) != "none" and str(cfg.codistill_loss) in CONTROLS:
+        raise ValueError(
+            f"codistill_gate must be none with --codistill-loss {cfg.codistill_loss}, which has no peer to compare with, but "
+            f"is {cfg.codistill_gate} instead."
+        )
+    if cfg.codistill_publish_ema and not cfg.store_ema:
+        raise ValueError(
+            "codistill_publish_ema needs the averaged weights that fairseq keeps with --store-ema, but that is not given; did "
+            "you forget it?"
+        )
+    if cfg.codistill_publish_ema and (cfg.codistill_pull or str(cfg.codistill_init) == "shared"):
+        raise ValueError(
+            "codistill_publish_ema publishes averaged weights, but --codistill-pull and --codistill-init shared are for the "
+            "weights that are trained; leave one of them out."
+        )
+    if cfg.codistill_label_smoothing and str(cfg.codistill_loss) == "uniform":
+        raise ValueError(
+            "codistill_label_smoothing must be 0 with --codistill-loss uniform, which is label smoothing itself, but is "
+            f"{cfg.codistill_label_smoothing} instead."
         )
 
 

@@ -15,6 +15,7 @@ from .core.teaching import Teaching
 from .ending import drain_on_sigterm, watch
 from .exchange.run import Run
 from .facts import model_facts
+from .masters import masters_of
 from .wrapping import TRAIN_STEP, Argument, wrap
 
 TEACHING = "codistill"  # the sample's key
@@ -48,6 +49,8 @@ def attach(
         update = update_of.of(args, kwargs)
         if update is None:
             raise ValueError("codistill_ce needs a fairseq whose trainer passes update_num to task.train_step; this is older.")
+        optimizer = optimizer_of.of(args, kwargs)
+        codistiller.masters = lambda: masters_of(optimizer)
         sample = _with(sample_of.of(args, kwargs), codistiller.teaching(int(update)))
         args, kwargs = sample_of.replaced(sample, args, kwargs)
         raised.append(update)
@@ -78,7 +81,9 @@ def attach(
     losses: List[Tuple[float, float]] = []
     split_of = Argument(task.load_dataset, "split", ("split",))
     epoch_of, model_of = (Argument(task.begin_epoch, name, ("epoch", "model")) for name in ("epoch", "model"))
-    sample_of, update_of = (Argument(task.train_step, name, TRAIN_STEP) for name in ("sample", "update_num"))
+    sample_of, optimizer_of, update_of = (
+        Argument(task.train_step, name, TRAIN_STEP) for name in ("sample", "optimizer", "update_num")
+    )
     for wrapper in (load_dataset, begin_epoch, train_step, valid_step, state_dict):
         wrap(task, wrapper.__name__, wrapper)
     watch(task, end, lambda: not raised and codistiller.may_be_complete)

@@ -23,25 +23,39 @@ class Probe:
     def __init__(self, fuses: bool) -> None:
         self.layers: WeakKeyDictionary = WeakKeyDictionary()  # of each model its output layer, or None
         self._fuses = fuses
-        self._fit: WeakSet = WeakSet()  # frozen teachers that were tried on a batch
+        self._tried: WeakSet = WeakSet()  # peers and frozen teachers that were tried on a batch
         self._gives_logits: Optional[bool] = None
 
-    def try_out(self, model, sample: Dict[str, Any], teaching: Teaching, fuses: bool = True) -> None:
+    def try_out(self, model, sample: Dict[str, Any], teaching: Optional[Teaching], fuses: bool = True) -> None:
         """Try what is new of the models on this batch. Raises ValueError for an offline teacher that does not fit."""
-        for peer in teaching.peers:
-            if hasattr(peer, "codistill_name") and peer not in self._fit:
-                teachers.check_fit(peer, teaching.cast(peer, sample["net_input"]), sample["target"])
-                self._fit.add(peer)
-        for one in (model, *teaching.peers) if fuses and self._fuses and _plain_targets(model) else ():
+        if teaching is not None:
+            self._try_peers(teaching, sample)
+        if not fuses or not self._may_fuse(teaching) or not _plain_targets(model):
+            return
+        for one in _models(model, teaching):
             if one not in self.layers:
-                net_input = teaching.cast(one, sample["net_input"])
+                net_input = Teaching.cast(one, sample["net_input"])
                 self.layers[one] = output_layer(one, net_input, lambda *output, one=one: _are_logits(one, *output))
 
-    def output_layers(self, model, teaching: Teaching) -> Optional[List[nn.Linear]]:
+    def _try_peers(self, teaching: Teaching, sample: Dict[str, Any]) -> None:
+        for peer in teaching.peers:
+            if peer in self._tried:
+                continue
+            teaching.settle_precision(peer, sample["net_input"])
+            if hasattr(peer, "codistill_name"):
+                teachers.check_fit(peer, teaching.cast(peer, sample["net_input"]), sample["target"])
+            self._tried.add(peer)
+
+    def output_layers(self, model, teaching: Optional[Teaching]) -> Optional[List[nn.Linear]]:
         """The output layers of the model and of its peers, if each has one that may be fused with the loss."""
-        layers = [self.layers.get(one) for one in (model, *teaching.peers)]
+        if not self._may_fuse(teaching):
+            return None
+        layers = [self.layers.get(one) for one in _models(model, teaching)]
         found = [layer for layer in layers if layer is not None]
         return found if len(found) == len(layers) else None
+
+    def _may_fuse(self, teaching: Optional[Teaching]) -> bool:
+        return self._fuses or teaching is None  # without teaching it is cross entropy
 
     def scores(self, model, net_output) -> Tensor:
         """A model's logits as [N, V], or its log-probabilities where its output is no logits (adaptive softmax, copying)."""
@@ -52,6 +66,10 @@ class Probe:
         if not self._gives_logits:
             logits = model.get_normalized_probs(net_output, log_probs=True)
         return logits.reshape(-1, logits.size(-1))
+
+
+def _models(model, teaching: Optional[Teaching]) -> List[Any]:
+    return [model, *(teaching.peers if teaching is not None else ())]
 
 
 def _plain_targets(model) -> bool:

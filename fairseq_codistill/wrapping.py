@@ -10,7 +10,7 @@ TRAIN_STEP = ("sample", "model", "criterion", "optimizer", "update_num", "ignore
 
 
 def wrap(instance: Any, name: str, wrapper: Callable) -> None:
-    """From now on `instance.name(…)` calls `wrapper(inner, …)`, where `inner` is the method as it was."""
+    """From now on `instance.name(…)` calls `wrapper(inner, …)`, where `inner` is the method as it was, or does nothing."""
     setattr(instance, name, _Wrapped(instance, name, wrapper))
 
 
@@ -19,7 +19,7 @@ class _Wrapped:
 
     def __init__(self, instance: Any, name: str, wrapper: Callable) -> None:
         self._instance, self._name, self._wrapper = instance, name, wrapper
-        self.__wrapped__ = getattr(instance, name)  # where inspect.signature looks
+        self.__wrapped__ = getattr(instance, name, nothing)  # where inspect.signature looks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrapper(self.__wrapped__, *args, **kwargs)
@@ -29,7 +29,12 @@ class _Wrapped:
 
 
 def _unwrapped(instance: Any, name: str) -> Any:
-    return types.MethodType(getattr(type(instance), name), instance)
+    method = getattr(type(instance), name, None)
+    return nothing if method is None else types.MethodType(method, instance)
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """A method that the class does not have, but that its callers would call."""
 
 
 class Argument:

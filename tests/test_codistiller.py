@@ -132,6 +132,14 @@ def test_alpha_burn_in_and_epochs():
     assert me.teaching(7).alpha == 4.0
 
 
+def test_after_the_end_of_teaching_snapshots_still_go_out():
+    store = MemoryStore()
+    me, other = codistiller(store, 0, schedule=AlphaSchedule("constant", 1.0, until=3)), codistiller(store, 1)
+    train(other, 5)
+    assert [teaching is not None for teaching in train(me, 10)] == [True] * 3 + [False] * 7
+    assert me.exchange.newest(0).update == 8
+
+
 def test_a_stale_snapshot_stops_teaching_and_a_fresh_one_resumes():
     store = MemoryStore()
     me, other = codistiller(store, 0, max_staleness=3), codistiller(store, 1)

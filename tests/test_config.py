@@ -13,6 +13,7 @@ def config(**options):
     """The options as fairseq hands them over: its own values filled in."""
     defaults = {field.name: field.default for field in dataclasses.fields(CodistillConfig) if field.name != "_name"}
     defaults.update(sentence_avg=False, ddp_backend="pytorch_ddp", model_parallel_size=1, train_subset="train", max_update=0)
+    defaults.update(disable_validation=False, save_dir="checkpoints", store_ema=False, amp=False)
     defaults.update({name if name in defaults else f"codistill_{name}": value for name, value in options.items()})
     return CodistillConfig(**defaults)
 
@@ -51,6 +52,15 @@ BAD = [
     (dict(temperature=0.0), "codistill_temperature must be a finite number greater than 0, but is 0.0 instead."),
     (dict(alpha_warmup_epochs=-1), "codistill_alpha_warmup_epochs must be a number of epochs, not negative, but is -1"),
     (dict(burn_in=-1), "codistill_burn_in must be a number of updates, not negative, but is -1 instead."),
+    (dict(gate="hard", loss="uniform"), "codistill_gate must be none with --codistill-loss uniform, which has no peer to"),
+    (dict(until=0), "codistill_until must be at least 1 update, but is 0 instead."),
+    (dict(burn_in=9, until=9), "codistill_until must be above codistill_burn_in, which is 9, but is 9 instead, so that no"),
+    (dict(when_stalled=-1), "codistill_when_stalled must be a number of validations, not negative, but is -1 instead."),
+    (dict(when_stalled=2, peers=2, dir="x", disable_validation=True), "codistill_when_stalled needs validations, but"),
+    (dict(publish_ema=True), "codistill_publish_ema needs the averaged weights that fairseq keeps with --store-ema, but that"),
+    (dict(publish_ema=True, store_ema=True, pull=0.5), "codistill_publish_ema publishes averaged weights, but"),
+    (dict(publish_ema=True, store_ema=True, init="shared"), "codistill_publish_ema publishes averaged weights, but"),
+    (dict(rdrop=-1.0), "codistill_rdrop must be a finite number, not negative, but is -1.0 instead."),
     (dict(wait=-1.0), "codistill_wait must be a finite number of seconds"),
     (dict(max_staleness=0), "codistill_max_staleness must be at least 1 update"),
     (dict(milestones="30,15"), "codistill_milestones must be epochs that increase, from above 0, but is 30,15."),
@@ -64,7 +74,9 @@ BAD = [
     (dict(topology="rign", peers=2, dir="x"), "codistill_topology must be 'all', 'ring' or the path of a file of edges"),
     (dict(peers=2, dir="x", ddp_backend="fully_sharded"), "cannot publish the weights of --ddp-backend fully_sharded"),
     (dict(peers=2, dir="x", model_parallel_size=2), "needs whole models, but --model-parallel-size is above 1"),
-    (dict(label_smoothing=0.1), "codistill_ce smooths no labels (its loss is the true NLL and the distance to the peers)"),
+    (dict(label_smoothing=0.1), "which is 0.1; smooth labels with --codistill-label-smoothing 0.1 instead."),
+    (dict(codistill_label_smoothing=1.0), "codistill_label_smoothing must be at least 0 and below 1, but is 1.0 instead."),
+    (dict(codistill_label_smoothing=0.1, loss="uniform"), "codistill_label_smoothing must be 0 with --codistill-loss uniform"),
 ]
 
 
@@ -162,7 +174,7 @@ def test_when_anybody_teaches():
 REFUSED = {
     "--codistill-alpha -1": "codistill_alpha must be a finite number, not negative, but is -1.0 instead.",
     "--codistill-topology rign": "'rign' is none of these.",
-    "--label-smoothing 0.1": "but --label-smoothing is 0.1; leave it out.",
+    "--label-smoothing 0.1": "smooth labels with --codistill-label-smoothing 0.1 instead.",
     "--codistill-loss mes": "argument --codistill-loss: invalid choice: ",
 }
 

@@ -10,6 +10,7 @@ import fairseq
 import pytest
 import torch
 import torch.nn.functional as F
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.distributed import ModuleProxyWrapper
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.utils import move_to_cuda
@@ -18,6 +19,7 @@ from test_criterion import Setting
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fairseq_codistill import criterion as criterion_module
 from fairseq_codistill import hook
 from fairseq_codistill.core.fused import Objective, Peer, fused
 from fairseq_codistill.core.losses import AGGREGATES, DISTANCES
@@ -75,7 +77,7 @@ def test_it_is_the_reference(distance, aggregate, temperature, count, chunk):
         else:
             sums = reference(features, weight, bias, target, logits, objective)
         (sums[0] * 3.0).backward()
-        results.append((*(x.detach() for x in sums), *(x.grad for x in leaves)))
+        results.append((*(x.detach() for x in sums[:5]), *(x.grad for x in leaves)))
     for mine, slow in zip(*results):
         torch.testing.assert_close(mine, slow.to(mine.dtype))
 
@@ -90,6 +92,21 @@ def test_gradcheck(distance, aggregate):
         return fused(*leaves, target, teachers(2)[0], Objective(distance, aggregate, 1.7, 0.4), 3).loss
 
     assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, None])
+def test_without_peers_it_is_cross_entropy(chunk):
+    results = []
+    for plain in (False, True):
+        features, weight, bias, target = tensors(0)
+        leaves = [x.requires_grad_() for x in (features, weight, bias)]
+        sums = None if plain else fused(*leaves, target, chunk=chunk)
+        loss = F.cross_entropy(F.linear(*leaves), target, reduction="sum") if plain else sums.loss
+        (loss * 3.0).backward()
+        results.append((loss.detach(), *(x.grad for x in leaves)))
+        assert plain or (sums.nll == sums.loss and sums.distance == sums.agreement == 0 and len(sums.dropped) == 0)
+    for mine, slow in zip(*results):
+        torch.testing.assert_close(mine, slow)
 
 
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)])
@@ -282,6 +299,53 @@ def test_both_paths_are_one_in(raw, data, tmp_path, name):
     results = both_paths(other, criterion, other.teach())
     check_equal(results)
     assert isinstance(layers_of(other)[0], nn.Linear)
+
+
+def counted(monkeypatch):
+    """Appends a number of peers for each fused loss."""
+    calls, inner = [], criterion_module.fused
+
+    def counting(features, weight, bias, target, peers, objective):
+        calls.append(len(peers))
+        return inner(features, weight, bias, target, peers, objective)
+
+    monkeypatch.setattr(criterion_module, "fused", counting)
+    return calls
+
+
+@pytest.mark.parametrize("sentence_avg", [False, True])
+def test_the_fused_cross_entropy_is_cross_entropy_but_for_rounding(setting, monkeypatch, sentence_avg):
+    calls, results = counted(monkeypatch), []
+    mine = setting.criterion(fused_ce=True, loss="ce", sentence_avg=sentence_avg)
+    plain = CrossEntropyCriterion(setting.task, sentence_avg)
+    for criterion in (mine, plain):
+        setting.model.zero_grad()
+        loss, size, log = criterion(setting.model, setting.sample)
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in setting.model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), {**log, "nll_loss": log["loss"], "size": size}, gradients))
+    results[0][1]["nll_loss"] = mine(setting.model, setting.sample)[2]["nll_loss"]
+    check_equal(results)
+    assert calls == [0, 0] and not results[0][0].requires_grad
+    with torch.no_grad():
+        loss, plain_loss = (criterion(setting.model, setting.sample)[0] for criterion in (mine, plain))
+    assert torch.equal(loss, plain_loss) and calls == [0, 0], "validation is cross entropy to the bit"
+    mine(setting.model, setting.teach())
+    assert calls == [0, 0, 1], "where somebody teaches, it is the same path as ever"
+
+
+def test_the_fused_cross_entropy_logs_what_it_logs_without(setting):
+    on, off = (setting.criterion(fused_ce=choice)(setting.model, setting.sample)[2] for choice in (True, False))
+    assert on.keys() == off.keys() and type(on["loss"]) is type(off["loss"]) and on["loss"].shape == off["loss"].shape
+
+
+@pytest.mark.parametrize("choice", [dict(fused_ce=False), dict(fused_ce=True, loss="uniform")])
+def test_the_loss_is_fused_only_where_that_is_asked_for_and_possible(setting, monkeypatch, choice):
+    calls = counted(monkeypatch)
+    criterion = setting.criterion(**choice)
+    criterion(setting.model, setting.sample, reduce=False)
+    criterion(setting.model, {**setting.sample, hook.TEACHING: Teaching(0.3)} if "loss" in choice else setting.sample)
+    assert not calls
 
 
 def test_bf16_peers(setting):

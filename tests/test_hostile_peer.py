@@ -32,7 +32,7 @@ def taught(function, distance, aggregate, logits, dtype, temperature=1.0):
     features.requires_grad_()
     objective = Objective(distance, aggregate, temperature, alpha=0.6)
     peers = [Peer(peer, torch.clone) for peer in logits] if function is fused else logits
-    loss, nll, value, _, dropped = function(features, weight, bias, target, peers, objective)
+    loss, nll, value, _, dropped, *_ = function(features, weight, bias, target, peers, objective)
     (gradient,) = torch.autograd.grad(loss - nll if function is reference else loss, features)
     return value.detach(), gradient, dropped.tolist()
 

@@ -281,7 +281,7 @@ def test_the_name_of_the_plugin_is_where_it_is_installed(elsewhere: Path) -> Non
         ("--criterion codistill_ce", "criterion codistill_ce needs --user-dir, but none is given"),
         (
             "--criterion=codistill_ce --user-dir fairseq_codistill --label-smoothing 0.1",
-            "codistill_ce smooths no labels (its peers' predictions take that place): leave --label-smoothing out.",
+            "codistill_ce does not know --label-smoothing; smooth labels with --codistill-label-smoothing instead.",
         ),
         ("--save-dir file", "--save-dir must be a folder, or one that can be made, but is 'file'"),
         ("--save-dir file/x", "--save-dir must be a folder, or one that can be made, but is 'file/x'"),
@@ -301,7 +301,10 @@ def test_a_command_that_would_fail_is_refused_at_once(elsewhere: Path, words: st
     "yaml, sentence",
     [
         ("criterion: {_name: codistill_ce}", "needs common.user_dir, but none is given"),
-        ("criterion: {_name: codistill_ce, label_smoothing: 0.1}\ncommon: {user_dir: yaml}", "leave criterion.label_smoothing"),
+        (
+            "criterion: {_name: codistill_ce, label_smoothing: 0.1}\ncommon: {user_dir: yaml}",
+            "does not know criterion.label_smoothing; smooth labels with criterion.codistill_label_smoothing instead.",
+        ),
         ("criterion: {codistill_peers: 3}", "criterion.codistill_peers must not be in the command"),
         ("common: {user_dir: nowhere}", "common.user_dir must be a folder, but there is no 'nowhere'"),
         ("common: {seed: many}", "common.seed must be a whole number"),

@@ -1,6 +1,8 @@
+import math
+
 import pytest
 
-from fairseq_codistill.core.schedules import alpha_at, weight_decay_at
+from fairseq_codistill.core.schedules import AlphaSchedule, alpha_at, stalled_at, weight_decay_at
 
 SODHANI_STEPS = dict(alpha=1.0, step=0.5, milestones=(15, 30, 40))
 
@@ -36,6 +38,29 @@ def test_alpha_at_the_boundaries(schedule, settings, expected):
 def test_burn_in_is_counted_in_updates():
     values = {update: alpha_at("constant", 3, update, alpha=1.0, burn_in=100) for update in (0, 99, 100, 101)}
     assert values == {0: 0.0, 99: 0.0, 100: 1.0, 101: 1.0}
+
+
+def test_until_is_the_first_update_that_is_not_taught():
+    settings = dict(alpha=1.0, burn_in=100, until=500)
+    values = {update: alpha_at("constant", 3, update, **settings) for update in (99, 100, 499, 500, 10**6)}
+    assert values == {99: 0.0, 100: 1.0, 499: 1.0, 500: 0.0, 10**6: 0.0}
+
+
+LOSSES = [(10, 5.0), (20, 4.0), (30, 4.1), (40, 3.9), (50, 3.9), (60, 4.0), (70, 1.0)]
+
+
+@pytest.mark.parametrize("patience, update", [(1, 30), (2, 60), (3, None)])
+def test_where_the_validation_loss_has_stalled(patience, update):
+    assert stalled_at(LOSSES, patience) == update
+    assert stalled_at([], patience) is None and stalled_at([(1, math.nan)] * 9, 3) == 1
+
+
+def test_teaching_may_begin_later():
+    schedule = AlphaSchedule("constant", 1.0, burn_in=10, warmup=4)
+    assert [schedule.at(9, update, begin=20) for update in (15, 19, 20, 30)] == [0, 0, 1.0, 1.0]
+    assert [schedule.at(9, update, begin=5) for update in (9, 10)] == [0, 1.0]
+    assert schedule.at(2, 20, begin=20) == 0.25, "epochs count from the first, wherever the teaching begins"
+    assert schedule.at(9, 10**6, begin=None) == 0
 
 
 def test_a_very_long_run_does_not_overflow():

@@ -23,23 +23,24 @@ def tiny(tmp_path_factory):
     return write_data(TINY, tmp_path_factory.mktemp("step") / "data", sentences=80)
 
 
-@pytest.mark.parametrize("text", ["cross_entropy", "rdrop", "codistill_ce:2", "codistill_ce:3:kl:bf16:2"])
+@pytest.mark.parametrize("text", ["cross_entropy", "fused_ce", "rdrop", "codistill_ce:2", "codistill_ce:3:kl:bf16:2"])
 def test_methods_that_are_meant(text):
     method = Method.parse(text)
     assert ":".join(str(part) for part in method[: len(text.split(":"))]) == text
 
 
 @pytest.mark.parametrize(
-    "text", ["mse", "codistill_ce", "codistill_ce:1", "codistill_ce:2:ce:fp8", "rdrop:2", "codistill_ce:2:ce:bf16:x"]
+    "text",
+    ["mse", "codistill_ce", "codistill_ce:1", "codistill_ce:2:ce:fp8", "rdrop:2", "fused_ce:2", "codistill_ce:2:ce:bf16:x"],
 )
 def test_methods_that_are_not(text):
-    with pytest.raises(ValueError, match="^A method must be cross_entropy, rdrop or codistill_ce:N"):
+    with pytest.raises(ValueError, match="^A method must be cross_entropy, fused_ce, rdrop or codistill_ce:N"):
         Method.parse(text)
 
 
 def test_it_trains_what_it_says(tiny):
     pytest.importorskip("fairseq.criterions.label_smoothed_cross_entropy_with_rdrop")  # not in stock 0.12.2
-    methods = ("cross_entropy", "codistill_ce:3:ce:bf16:2", "rdrop")
+    methods = ("cross_entropy", "fused_ce", "codistill_ce:3:ce:bf16:2", "rdrop")
     steps = {text: Step(TINY, Method.parse(text), tiny) for text in methods}
     assert len(steps["cross_entropy"].trainer.task.target_dictionary) == 64
     rows = step.measure(steps, rounds=1, repeats=4, warm_up=1)
@@ -50,6 +51,7 @@ def test_it_trains_what_it_says(tiny):
         assert one.trainer.get_num_updates() == 1 + 1 + 4, "the warm-up, the round's first, and its repeats"
     peers = steps["codistill_ce:3:ce:bf16:2"].peers
     assert len(peers) == 2 and str(next(peers[0].parameters()).dtype) == "torch.bfloat16"
+    assert steps["fused_ce"].trainer.criterion.fused_ce and not steps["fused_ce"].peers
     sizes = [batch["net_input"]["src_tokens"].size(0) == batch["target"].size(0) for batch in steps["rdrop"]._batches]
     assert all(sizes), "R-Drop doubles a copy of the batch only"
 

@@ -122,6 +122,7 @@ def test_its_nll_is_that_of_cross_entropy(data, tmp_path):
 
 def test_a_ring_in_lockstep_repeats_to_the_bit_and_resumes_as_if_never_killed(data, tmp_path):
     options = (LOCKSTEP, EXACT_RESUME, "--codistill-topology ring --max-update 16 --save-interval-updates 5")
+    options += ("--codistill-init shared --codistill-pull 0.5",)
     undisturbed = [train_peers(data, tmp_path / name, *options, peers=3) for name in ("first", "second")]
     jobs = start_peers(data, tmp_path / "killed", *options, peers=3)
     jobs[1].wait_for('"num_updates": "11"')

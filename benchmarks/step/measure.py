@@ -25,7 +25,10 @@ import warnings
 from pathlib import Path
 from typing import Dict, List, Sequence
 
-METHODS = ("cross_entropy", "codistill_ce:2:mse", "codistill_ce:2:ce", "codistill_ce:4:mse", "codistill_ce:4:ce", "rdrop")
+METHODS = (
+    "cross_entropy", "fused_ce", "codistill_ce:2:mse", "codistill_ce:2:ce", "codistill_ce:4:mse", "codistill_ce:4:ce", "rdrop",
+)  # fmt: skip
+RIVALS = ("rdrop", "fused_ce")  # with which the others are compared, too, where they are measured
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))  # before torch is imported
 
 import torch  # noqa: E402
@@ -99,13 +102,15 @@ def table(rows: Dict[str, List[Seconds]], memories: Dict[str, Dict[str, float]],
     """Markdown. Parts are medians in ms; the step's ratio has its quartiles; memory is what steps add to the set-up."""
     heads, cells = ["method"], {name: [name] for name in rows or memories}
     if rows:
-        heads += ["step, ms", f"/ {base}", "/ rdrop", f"{', '.join(PARTS)}, ms"]
-        to_base, to_rdrop = ratios(rows, base), ratios(rows, "rdrop") if "rdrop" in rows else {}
+        heads += ["step, ms", f"/ {base}", *(f"/ {rival}" for rival in RIVALS), f"{', '.join(PARTS)}, ms"]
+        to_base = ratios(rows, base)
+        to_rivals = [ratios(rows, rival) if rival in rows else {} for rival in RIVALS]
     for name, runs in rows.items():
         middle = {part: statistics.median(run[part] for run in runs) * 1e3 for part in runs[0]}
-        ratio, rival = to_base[name], to_rdrop.get(name)
+        ratio, rivals = to_base[name], [to_rival.get(name) for to_rival in to_rivals]
         cells[name] += [f"{middle['step']:.0f}", f"**{ratio['median']:.2f}** ({ratio['low']:.2f} … {ratio['high']:.2f})"]
-        cells[name] += [f"{rival['median']:.2f}" if rival else "–", " + ".join(f"{middle[part]:.0f}" for part in PARTS)]
+        cells[name] += [f"{rival['median']:.2f}" if rival else "–" for rival in rivals]
+        cells[name] += [" + ".join(f"{middle[part]:.0f}" for part in PARTS)]
     if memories:
         heads += ["memory of a step, MB", f"/ {base}", "peers' weights, MB", f"with them / {base}"]
     for name, one in memories.items():

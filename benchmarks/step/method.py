@@ -1,6 +1,7 @@
 """A training step as fairseq makes it, ready to be timed: real task, model, criterion, trainer; random sentences or images.
 
-A method is written as on the command line of measure.py: `cross_entropy`, `rdrop`, or `codistill_ce:N`, optionally with the
+A method is written as on the command line of measure.py: `cross_entropy`, `fused_ce` (the same with --codistill-fused-ce: no
+teacher, the fused loss), `rdrop`, or `codistill_ce:N`, optionally with the
 distance, the peers' precision and --codistill-every: `codistill_ce:2:mse:bf16:2`. Its peers are real replicas, which the
 codistiller holds just as it holds frozen teachers, so that it is taught from the start on and nothing is exchanged.
 """
@@ -30,7 +31,7 @@ from fairseq_codistill.core.schedules import AlphaSchedule
 from fairseq_codistill.exchange.exchange import Run
 
 PARTS = ("peers", "forward", "backward", "rest")
-_TRAINING = "--optimizer adam --lr 1e-4 --clip-norm 1.0 --num-workers 0 --required-batch-size-multiple 1 --seed 1"
+TRAINING = "--optimizer adam --lr 1e-4 --clip-norm 1.0 --num-workers 0 --required-batch-size-multiple 1 --seed 1"
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,22 @@ class Method(NamedTuple):
     def parse(cls, text: str) -> Method:
         """Raises ValueError, in one sentence."""
         name, *rest = text.split(":")
-        if name in ("cross_entropy", "rdrop") and not rest:
+        if name in ("cross_entropy", "fused_ce", "rdrop") and not rest:
             return cls(name)
         numbers = [word for index, word in enumerate(rest) if index in (0, 3)]
         good = name == "codistill_ce" and 1 <= len(rest) <= 4 and all(word.isdigit() for word in numbers)
         if not good or int(rest[0]) < 2 or rest[2:3] not in ([], *([dtype] for dtype in DTYPES)):
             raise ValueError(
-                "A method must be cross_entropy, rdrop or codistill_ce:N[:LOSS[:DTYPE[:EVERY]]] with N of 2 or more peers "
-                f"and a DTYPE of {', '.join(DTYPES)}, but is {text!r}."
+                "A method must be cross_entropy, fused_ce, rdrop or codistill_ce:N[:LOSS[:DTYPE[:EVERY]]] with N of 2 or more "
+                f"peers and a DTYPE of {', '.join(DTYPES)}, but is {text!r}."
             )
         return cls(name, int(rest[0]), *rest[1:3], *map(int, rest[3:]))
 
     def words(self) -> str:
         if self.name == "rdrop":
             return "--criterion label_smoothed_cross_entropy_with_rdrop --rdrop-alpha 5 --label-smoothing 0.1"
+        if self.name == "fused_ce":
+            return "--criterion codistill_ce --codistill-fused-ce"
         return f"--criterion {self.name}" + (f" --codistill-loss {self.loss}" if self.peers > 1 else "")
 
 
@@ -144,7 +147,7 @@ class Step:
     """One method on one setting, made ready; `run()` is a training step and gives the seconds of its parts."""
 
     def __init__(self, setting: Setting, method: Method, data: Path) -> None:
-        words = [str(data), *setting.words.split(), *method.words().split(), *_TRAINING.split()]
+        words = [str(data), *setting.words.split(), *method.words().split(), *TRAINING.split()]
         words += ["--batch-size" if setting.image_size else "--max-tokens", str(setting.tokens)]
         words += [] if setting.needs_gpu else ["--cpu"]
         args = options.parse_args_and_arch(options.get_training_parser(), words)

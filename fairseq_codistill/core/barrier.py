@@ -29,6 +29,10 @@ class Barrier:
         self._missed: Dict[int, Any] = {}  # teachers whose update did not come in time, and what showed them alive then
         self._slow: Set[int] = set()  # teachers whose last read did not end in time
 
+    def until(self, ready: Callable[[], bool], seconds: float) -> bool:
+        """Until rank 0 finds it `ready`; False if that took longer than `seconds`. `ready` must not raise."""
+        return self._await(ready, seconds)
+
     def await_first_snapshots(self, seconds: float) -> None:
         """Until each teacher has published something."""
         all_ready = lambda: all(self._look(teacher, None) for teacher in self._teachers)  # noqa: E731

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,16 @@ from torch import nn
 from ..exchange.background import BackgroundExchange
 from ..exchange.exchange import SILENT_SECONDS, Exchange, Run
 from ..exchange.manifest import BadSnapshot, Manifest
-from ..exchange.snapshot import Weights, fingerprint, tensors_of
+from ..exchange.snapshot import Weights, as_sent, fingerprint, tensors_of
 from ..exchange.structure import structure
 from ..exchange.worker import Worker
-from . import group
+from . import group, precision
 from .barrier import Barrier
 from .int8 import load
+from .pull import Masters, Pull
 from .replica import freeze, replica
 from .schedules import AlphaSchedule
+from .shared_start import begin_with, first_of_peer_0, read_first
 from .teaching import Held, Teachers, Teaching
 from .topology import Edge, learners_of, teachers_of
 
@@ -51,7 +53,9 @@ class Codistiller:
     `peer_dtype`: precision of the copies (None: the model's; int8: matrices in 8 bits);
     `wire_dtype`: what floats travel as (None: float32 as bfloat16, others as they are); `in_background`: exchange beside
     the training, unless in lockstep; `updates`: where training ends, if known; `needs_peers`: False for the smoothing
-    controls, which need no peer; `frozen`: offline teachers; `every`: distil on every k-th update only.
+    controls, which need no peer; `frozen`: offline teachers; `every`: distil on every k-th update only; `peer_dtype`: a dtype
+    for the peers, None for the model's, or `precision.AUTO`; `shared_init`: begin with peer 0's first snapshot; `pull`: λ of
+    `core.pull`; `masters`: the wide copies that the optimizer steps on.
     """
 
     peer: int
@@ -60,7 +64,7 @@ class Codistiller:
     exchange: Optional[Exchange] = None
     edges: Set[Edge] = field(default_factory=set)
     interval: int = 2500
-    peer_dtype: Optional[torch.dtype] = None
+    peer_dtype: Union[torch.dtype, str, None] = None
     lockstep: bool = False
     wait: float = 0.0
     max_staleness: Optional[int] = None
@@ -71,12 +75,16 @@ class Codistiller:
     in_background: bool = True
     updates: Optional[int] = None
     every: int = 1
+    shared_init: bool = False
+    pull: float = 0.0
+    masters: Masters = dict
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self) -> None:
         self.epoch = 1
         self.valid_loss: Optional[float] = None
+        self.published: Optional[nn.Module] = None  # a model of the same shapes whose weights go out instead of the trained
         self._trained: Optional[nn.Module] = None
         self._update: Optional[int] = None
         self._started = 0  # first update since this start
@@ -88,6 +96,7 @@ class Codistiller:
         self._exchanged: Optional[float] = None  # when, by time.monotonic
         self._checkpoints = (0, 0)  # updates of the last checkpoint but one, and of the last
         self._left = False
+        self._pull: Optional[Pull] = None
 
     # Called by the hook.
 
@@ -103,12 +112,34 @@ class Codistiller:
     def begin_epoch(self, epoch: int, model: nn.Module) -> None:
         """`model`: the unwrapped one, on its device and in its dtype."""
         self.epoch, self._trained = epoch, model
+        if self.peer_dtype == precision.AUTO:
+            self._choose_precision()
         if self.teachers.frozen:
             group.by_all(self._freeze)
 
+    def _choose_precision(self) -> None:
+        chosen, reason = precision.choice(self._model)
+        # The ranks of a group get each other's tensors as they are.
+        guessed = group.all_well(chosen is not None, next(self._model.parameters()).device)
+        self.peer_dtype, self.teachers.widen = (chosen, self._widen) if guessed else (None, None)
+        if chosen is not None and not guessed:
+            reason = "fp32, as the model: not all of this peer's group multiply bf16 fast"
+        if self.needs_peers:
+            logger.info(f"codistillation: the peers run in {reason} (--codistill-peer-dtype auto)")
+
+    def _widen(self, reason: str) -> None:
+        """The peers' chosen precision does not suit this model: from now on they have the model's."""
+        logger.warning(
+            f"codistillation: this model cannot run in bf16 ({reason}), so the peers run in fp32, as the model "
+            "(--codistill-peer-dtype auto)"
+        )
+        self.peer_dtype, self.teachers.widen = None, None
+        for model in [*self.teachers.frozen, *(held.model for held in self.teachers.held.values())]:
+            freeze(model, None, None, _dtype_of(self._model))
+
     def _freeze(self) -> None:
         for teacher in self.teachers.frozen:
-            freeze(teacher, next(self._model.parameters()).device, self.peer_dtype, _dtype_of(self._model))
+            freeze(teacher, next(self._model.parameters()).device, self._fixed_dtype, _dtype_of(self._model))
 
     def checkpointed(self) -> None:
         """A checkpoint is being written. Only the one before it is sure to be whole, should this process be killed now."""
@@ -161,13 +192,14 @@ class Codistiller:
         self._started = update
         group.by_rank_0(lambda: self._begin_exchange(update))
         self._waits = Barrier(self._shared, self._moves, self._teacher_indices, self.sleep)
+        if self.pull:
+            self._pull = Pull(self.pull, self.peer, self._teacher_indices, self._wire, lambda: self.masters())
 
     def _begin_exchange(self, update: int) -> None:
         architecture = fingerprint(self._model)
         past = self._ask_own_folder(self._past, update, architecture)
-        wire = self.wire_dtype or (torch.bfloat16 if _dtype_of(self._model) == torch.float32 else None)
         self._moves = BackgroundExchange(
-            self._shared, self._teacher_indices, architecture, tensors_of(self._model), wire,
+            self._shared, self._teacher_indices, architecture, tensors_of(self._model), self._wire,
             self.in_background and not self.lockstep, self.updates, self.clock, self._own_folder,
         )  # fmt: skip
         self._background.start()
@@ -183,6 +215,11 @@ class Codistiller:
 
     def _warn_of_options(self, update: int, past: Optional[Manifest]) -> None:
         """Warn of values that were hardly meant; nothing is changed."""
+        if self.pull and not self.shared_init and update == 0:
+            logger.warning(
+                "codistillation: --codistill-pull averages weights, which helps only peers of one start: if they do not begin "
+                "from one checkpoint, did you forget --codistill-init shared?"
+            )
         values, updates = {"interval": self.interval, "every": self.every, "burn-in": self.schedule.burn_in}, self.updates
         for name, value in values.items() if updates else ():
             if updates and value >= updates:
@@ -231,11 +268,19 @@ class Codistiller:
                 self._background.watch()
 
     def _exchange(self, update: int, first: bool) -> None:
+        begins = first and update == 0 and self.shared_init
+        if begins and self.peer != 0:
+            begin_with(self._model, self._first_of_peer_0(), self.masters)
         if self._leads:
             try:
                 self._show(update, first)
             except Exception as error:  # the other ranks wait for this one
                 logger.warning(f"codistillation: at update {update} nothing was published: {error}; training goes on")
+        if begins and self.peer == 0:  # as the others read it: rounded on the way
+            sent = {name: as_sent(tensor, self._wire) for name, tensor in tensors_of(self._model).items()}
+            begin_with(self._model, sent, self.masters)
+        if self._pull is not None and self._leads:
+            self._pull.note(self._model)
         if first and self.wait:
             self._barrier.await_first_snapshots(self.wait)
         self._due = list(self._teacher_indices)
@@ -245,6 +290,11 @@ class Codistiller:
         elif update >= self.interval:
             self._barrier.await_update(update - update % self.interval, self.wait or LOCKSTEP_WAIT)
             self._reload(True, update - update % self.interval)
+
+    def _first_of_peer_0(self) -> Optional[Weights]:
+        expected, seconds = tensors_of(self._model), self.wait or LOCKSTEP_WAIT
+        read = lambda: read_first(self._shared, self._background.fingerprint, expected)  # noqa: E731
+        return first_of_peer_0(self._barrier, lambda: self._ask_own_folder(read), str(self._shared.store), seconds)
 
     def _show(self, update: int, first: bool) -> None:
         """Heartbeat, and the weights when they are due."""
@@ -256,8 +306,9 @@ class Codistiller:
 
     def _publish(self, update: int, done: bool) -> None:
         needed_from = self._needed_from if self.lockstep else None
+        model = self._model if self.published is None else self.published
         self._background.publish(
-            tensors_of(self._model), update, needed_from, epoch=self.epoch, fingerprint=self._background.fingerprint,
+            tensors_of(model), update, needed_from, epoch=self.epoch, fingerprint=self._background.fingerprint,
             model=self.model_config, time=self.clock(), valid_loss=self.valid_loss,
             resumes_from=self._checkpoints[0], done=done, options=self.schedule.options(),
         )  # fmt: skip
@@ -278,11 +329,20 @@ class Codistiller:
                 if found is not None:
                     news.append((teacher, *found))
             self._background.warn_missing(self._due, self._update or 0)
-        for peer, manifest in group.share([(peer, manifest) for peer, manifest, _ in news]):
+        shared = group.share([(peer, manifest) for peer, manifest, _ in news])
+        for peer, manifest in shared:
             self._take(peer, manifest, next((weights for p, _, weights in news if p == peer), None))
             self._due.remove(peer)
+        if shared and self._pull is not None:
+            self._pull_towards({peer: weights for peer, _, weights in news}, self._update or 0)
         if news:
             self._background.holds(self.teachers.updates())
+
+    def _pull_towards(self, news: Dict[int, Weights], update: int) -> None:
+        # In lockstep what is only read again, since this run was resumed, has pulled already.
+        if self._pull is not None and (not self.lockstep or update % self.interval == 0):
+            fresh = self.teachers.fresh(update)
+            self._pull.to(self._model, update, {peer: weights for peer, weights in news.items() if peer in fresh})
 
     def _take(self, peer: int, manifest: Manifest, weights: Optional[Weights]) -> None:
         """Put a snapshot into the peer's model; ranks other than 0 get the tensors from rank 0.
@@ -311,7 +371,7 @@ class Codistiller:
 
     def _filled(self, peer: int, weights: Optional[Weights]) -> nn.Module:
         held = self.teachers.held.get(peer)
-        model = held.model if held else replica(self._model, self.peer_dtype)
+        model = held.model if held else replica(self._model, self._fixed_dtype)
         if weights is not None:
             load(model, weights)
         return model
@@ -337,6 +397,15 @@ class Codistiller:
     def _barrier(self) -> Barrier:
         assert self._waits is not None, "the first update comes first"
         return self._waits
+
+    @property
+    def _fixed_dtype(self) -> Optional[torch.dtype]:
+        assert not isinstance(self.peer_dtype, str), "begin_epoch has chosen"
+        return self.peer_dtype
+
+    @property
+    def _wire(self) -> Optional[torch.dtype]:
+        return self.wire_dtype or (torch.bfloat16 if _dtype_of(self._model) == torch.float32 else None)
 
     def _asked_for_seconds(self) -> float:
         """Copying weights, and waiting where that was asked for: not counted as visible."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import guard
+from .gate import Gate, log_prob
 
 
 def mse(own_NV: Tensor, peer_NV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -89,36 +90,39 @@ Dropped = Optional[List[Tensor]]  # to which each peer's dropped rows are append
 
 
 def pairwise(
-    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None
+    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None,
+    gate: Optional[Gate] = None,
 ) -> Tensor:  # fmt: skip
     """Mean over the peers of D(own, peer), for each position (Sodhani et al., Algorithm 1).
 
     `peers` yields logits [N, V] one after another, and each is dropped before the next is asked for: memory does not
-    grow with their number. A peer's row that is `guard.unusable` teaches nothing: D is 0 there. Returns [N],
-    differentiable once in `own_NV`.
+    grow with their number. A peer's row that is `guard.unusable` teaches nothing: D is 0 there. `gate` weighs the rows.
+    Returns [N], differentiable once in `own_NV`.
     """
-    return _KnownGradient.apply(own_NV, *pairwise_gradient(name, own_NV, peers, temperature, dropped))
+    return _KnownGradient.apply(own_NV, *pairwise_gradient(name, own_NV, peers, temperature, dropped, gate))
 
 
 def to_mean(
-    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None
+    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None,
+    gate: Optional[Gate] = None,
 ) -> Tensor:  # fmt: skip
     """D(own, the peers' mean prediction), for each position (Anil et al., Algorithm 1). Shapes as `pairwise`.
 
     The mean is of logits for the squared distances and of probabilities (at τ) for the others. For `mse`, `ce` and `kl`
     its gradient equals that of `pairwise`. Where a peer's row is unusable the mean is of the others, and counts less.
     """
-    return _KnownGradient.apply(own_NV, *to_mean_gradient(name, own_NV, peers, temperature, dropped))
+    return _KnownGradient.apply(own_NV, *to_mean_gradient(name, own_NV, peers, temperature, dropped, gate))
 
 
 def pairwise_gradient(
-    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None
+    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None,
+    gate: Optional[Gate] = None,
 ) -> Tuple[Tensor, Tensor]:  # fmt: skip
     """What `pairwise` returns, [N], and its gradient in `own_NV`, [N, V]; neither can be differentiated further."""
     total: Optional[Tuple[Tensor, Tensor]] = None
     count = 0
     for peer_NV in peers:
-        value_N, gradient_NV, bad_N = _value_and_gradient(name, own_NV, peer_NV, temperature)
+        value_N, gradient_NV, bad_N = _value_and_gradient(name, own_NV, peer_NV, temperature, gate)
         total = (value_N, gradient_NV) if total is None else (total[0] + value_N, total[1].add_(gradient_NV))
         count += 1
         if dropped is not None:
@@ -128,7 +132,8 @@ def pairwise_gradient(
 
 
 def to_mean_gradient(
-    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None
+    name: str, own_NV: Tensor, peers: Iterable[Tensor], temperature: float = 1.0, dropped: Dropped = None,
+    gate: Optional[Gate] = None,
 ) -> Tuple[Tensor, Tensor]:  # fmt: skip
     """As `pairwise_gradient`, of `to_mean`."""
     probabilities = DISTANCES[name].mean_of == "probabilities"
@@ -146,9 +151,11 @@ def to_mean_gradient(
     usable.mean(mean_NV)
     if probabilities:  # back to logits, whose softmax at τ is the mean distribution
         mean_NV = mean_NV.clamp_min_(torch.finfo(mean_NV.dtype).tiny).log_().mul_(temperature)
-    value_N, gradient_NV, bad_N = _value_and_gradient(name, own_NV, mean_NV, temperature)
+    value_N, gradient_NV, bad_N = _value_and_gradient(name, own_NV, mean_NV, temperature, gate)
     if dropped is not None:
         dropped.extend(mask | bad_N for mask in masks)
+    if gate is not None:
+        usable.weigh(gate.weights[-1])
     return usable.weigh(value_N), usable.weigh(gradient_NV)
 
 
@@ -166,7 +173,7 @@ AGGREGATE_GRADIENTS = {"pairwise": pairwise_gradient, "mean": to_mean_gradient}
 
 
 def _value_and_gradient(
-    name: str, own_NV: Tensor, peer_NV: Tensor, temperature: float
+    name: str, own_NV: Tensor, peer_NV: Tensor, temperature: float, gate: Optional[Gate] = None
 ) -> Tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """D [N] and ∂D/∂own [N, V]: taken at once, so that no graph of [N, V] tensors waits for the model's backward.
 
@@ -176,9 +183,14 @@ def _value_and_gradient(
         leaf_NV = _wide(own_NV.detach()).requires_grad_()
         value_N = DISTANCES[name].function(leaf_NV, _wide(peer_NV.detach()), temperature)
         (gradient_NV,) = torch.autograd.grad(value_N.sum(), leaf_NV)
-    value_N, own_NV = value_N.detach(), leaf_NV.detach()
-    bad_N = _unusable(DISTANCES[name], value_N, gradient_NV, own_NV, _wide(peer_NV.detach()), temperature)
-    return value_N.masked_fill_(bad_N, 0), gradient_NV.masked_fill_(bad_N.unsqueeze(-1), 0), bad_N
+    value_N, own_NV, peer_NV = value_N.detach(), leaf_NV.detach(), _wide(peer_NV.detach())
+    bad_N = _unusable(DISTANCES[name], value_N, gradient_NV, own_NV, peer_NV, temperature)
+    value_N, gradient_NV = value_N.masked_fill_(bad_N, 0), gradient_NV.masked_fill_(bad_N.unsqueeze(-1), 0)
+    if gate is not None:
+        at = temperature if DISTANCES[name].mean_of == "probabilities" else 1.0
+        weight_N = gate.weigh(log_prob(own_NV, gate.target_N, at), log_prob(peer_NV, gate.target_N, at), bad_N)
+        value_N, gradient_NV = value_N.mul_(weight_N), gradient_NV.mul_(weight_N.unsqueeze(-1))
+    return value_N, gradient_NV, bad_N
 
 
 def _unusable(

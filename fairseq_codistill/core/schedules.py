@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Tuple
 
 
 def constant(epoch: int, alpha: float, **_: object) -> float:
@@ -56,13 +57,15 @@ def alpha_at(
     maximum: Optional[float] = None,
     burn_in: int = 0,
     warmup: int = 0,
+    until: Optional[int] = None,
 ) -> float:
-    """α for this epoch and update: 0 before update `burn_in` (Anil et al., Algorithm 1), never above `maximum`.
+    """α for this epoch and update (0, 1, …): 0 before update `burn_in` (Anil et al., Algorithm 1), never above `maximum`.
+    It is 0 again from update `until` on: with until = 500, update 499 is the last that is taught.
 
     It grows in over the first `warmup` epochs, being multiplied by (epoch − 1) / warmup at most 1. With 4: 0 in epoch 1, a
     quarter in epoch 2, three quarters in epoch 4, all of it from epoch 5 on.
     """
-    if update < burn_in:
+    if update < burn_in or (until is not None and update >= until):
         return 0.0
     value = ALPHA_SCHEDULES[schedule](epoch, alpha=alpha, gamma=gamma, step=step, milestones=milestones)
     value *= min(1.0, (epoch - 1) / warmup) if warmup else 1.0
@@ -81,12 +84,16 @@ class AlphaSchedule:
     maximum: Optional[float] = None
     burn_in: int = 0
     warmup: int = 0
+    until: Optional[int] = None
 
-    def at(self, epoch: int, update: int) -> float:
-        """α in epoch 1, 2, … at update 0, 1, …; see `alpha_at`."""
+    def at(self, epoch: int, update: int, begin: Optional[int] = 0) -> float:
+        """α in epoch 1, 2, … at update 0, 1, …; before update `begin` it is 0, and forever where that is None. See `alpha_at`."""
+        if begin is None:
+            return 0.0
         return alpha_at(
             self.name, epoch, update, alpha=self.alpha, gamma=self.gamma, step=self.step,
-            milestones=self.milestones, maximum=self.maximum, burn_in=self.burn_in, warmup=self.warmup,
+            milestones=self.milestones, maximum=self.maximum, burn_in=max(begin, self.burn_in), warmup=self.warmup,
+            until=self.until,
         )  # fmt: skip
 
     def options(self) -> Dict[str, Any]:
@@ -110,8 +117,22 @@ class AlphaSchedule:
 _OPTIONS = {
     "name": "codistill_alpha_schedule", "alpha": "codistill_alpha", "gamma": "codistill_gamma", "step": "codistill_alpha_step",
     "milestones": "codistill_milestones", "maximum": "codistill_alpha_max", "burn_in": "codistill_burn_in",
-    "warmup": "codistill_alpha_warmup_epochs",
+    "warmup": "codistill_alpha_warmup_epochs", "until": "codistill_until",
 }  # fmt: skip
+
+
+def stalled_at(losses: Iterable[Tuple[int, float]], patience: int) -> Optional[int]:
+    """The update at which the validation loss has first failed to improve on its best `patience` times in a row, or None.
+
+    `losses`: (update, loss) of each validation, in order. With patience 2 and losses 5, 4, 4.1, 3.9, 3.9, 4 at updates 10, 20,
+    …, 60 it is 60. A loss that is no number has not improved.
+    """
+    best, failures = math.inf, 0
+    for update, loss in losses:
+        best, failures = (loss, 0) if loss < best else (best, failures + 1)
+        if failures >= patience:
+            return update
+    return None
 
 
 def weight_decay_at(epoch: int, milestones: Sequence[float], values: Sequence[float]) -> float:

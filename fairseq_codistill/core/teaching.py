@@ -6,12 +6,13 @@ models that are held: stale copies of the peers with the update that each is of,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from . import precision
 from .schedules import AlphaSchedule
 
 
@@ -26,6 +27,7 @@ class Teaching:
     peers: Sequence[nn.Module] = ()
     staleness: float = 0.0  # updates, mean over the peers
     names: Sequence[str] = ()  # of the peers, for messages
+    widen: Optional[Callable[[str], None]] = None  # gives all peers the model's precision, where theirs was only a guess
 
     def outputs(self, net_input: Dict[str, Any]) -> Iterator[Tuple[nn.Module, Any]]:
         """Each peer with what it predicts for `net_input`; no gradient is recorded."""
@@ -42,7 +44,15 @@ class Teaching:
 
     def of(self, part: str) -> Teaching:
         """The same teaching by the sub-models `peer.models[part]`: one language pair of a multilingual model."""
-        return Teaching(self.alpha, [_part_of(peer, part) for peer in self.peers], self.staleness, self.names)
+        return replace(self, peers=[_part_of(peer, part) for peer in self.peers])
+
+    def settle_precision(self, peer: nn.Module, net_input: Dict[str, Any]) -> None:
+        """Before `peer` runs for the first time: give up the precision that was chosen for it, if it cannot run in it."""
+        if self.widen is None:
+            return
+        reason = precision.failure(peer, self.cast(peer, net_input))
+        if reason is not None:
+            self.widen(reason)
 
 
 @dataclass
@@ -64,29 +74,34 @@ class Teachers:
     needs_peers: bool = True
     frozen: Sequence[nn.Module] = ()
     held: Dict[int, Held] = field(default_factory=dict)  # by peer
+    teaches_from: Optional[int] = 0  # the first update that is taught; None: not yet known, so none is
+    widen: Optional[Callable[[str], None]] = None  # see `Teaching`
 
     def at(self, epoch: int, update: int) -> Optional[Teaching]:
         """Who teaches in update 0, 1, … of epoch 1, 2, …; None where α is 0, no peer can, or `every` skips the update."""
-        alpha = self.schedule.at(epoch, update)
+        alpha = self.schedule.at(epoch, update, self.teaches_from)
         if alpha == 0 or update % self.every:
             return None
         if not self.needs_peers:
             return Teaching(alpha)
         if self.frozen:
-            return Teaching(alpha, self.frozen, names=[getattr(model, "codistill_name", "a teacher") for model in self.frozen])
-        fresh = {peer: held for peer, held in self.held.items() if self._is_fresh(held, update)}
+            names = [getattr(model, "codistill_name", "a teacher") for model in self.frozen]
+            return Teaching(alpha, self.frozen, names=names, widen=self.widen)
+        fresh = self.fresh(update)
         if not fresh:
             return None
         ages = [update - held.update for held in fresh.values()]
         models = [held.model for held in fresh.values()]
-        return Teaching(alpha, models, sum(ages) / len(ages), [f"peer {peer}" for peer in fresh])
+        return Teaching(alpha, models, sum(ages) / len(ages), [f"peer {peer}" for peer in fresh], self.widen)
+
+    def fresh(self, update: int) -> Dict[int, Held]:
+        """The copies that are held and not too old in this update, by peer."""
+        oldest = self.max_staleness
+        return {peer: held for peer, held in self.held.items() if oldest is None or update - held.update <= oldest}
 
     def updates(self) -> Dict[int, int]:
         """The update held of each peer."""
         return {peer: held.update for peer, held in self.held.items()}
-
-    def _is_fresh(self, held: Held, update: int) -> bool:
-        return self.max_staleness is None or update - held.update <= self.max_staleness
 
 
 def _part_of(peer: Any, part: str) -> nn.Module:

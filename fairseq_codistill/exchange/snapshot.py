@@ -144,9 +144,7 @@ class Buffer:
         scale_view = self._views.get(name + _SCALE)
         if scale_view is None:
             return [(self._views[name], tensor)]
-        rows = tensor.flatten(1).float()
-        scale = rows.abs().amax(1) / 127 if rows.numel() else rows.new_zeros(len(rows))
-        whole = (rows / scale.clamp_min(torch.finfo(scale.dtype).tiny).unsqueeze(1)).round().view(tensor.shape)
+        whole, scale = _in_8_bits(tensor)
         return [(self._views[name], whole), (scale_view, scale)]
 
     def checksum(self) -> str:
@@ -154,6 +152,25 @@ class Buffer:
         checksum, bad = self._layout.examine(self._file)
         _refuse_not_finite(bad)
         return checksum
+
+
+def as_sent(tensor: Tensor, wire: Optional[torch.dtype] = None) -> Tensor:
+    """A copy of `tensor` as a reader gets it, to the bit. `wire`: see `Layout`."""
+    kind = _kind(tensor, wire)
+    if kind != torch.int8 or not tensor.is_floating_point():
+        return tensor.detach().to(kind, copy=True)
+    return _scaled(*_in_8_bits(tensor.detach()))
+
+
+def _in_8_bits(tensor: Tensor) -> Tuple[Tensor, Tensor]:
+    """(whole numbers of the tensor's shape, the scale of each row), both float32."""
+    rows = tensor.flatten(1).float()
+    scale = rows.abs().amax(1) / 127 if rows.numel() else rows.new_zeros(len(rows))
+    return (rows / scale.clamp_min(torch.finfo(scale.dtype).tiny).unsqueeze(1)).round().view(tensor.shape), scale
+
+
+def _scaled(whole: Tensor, scale: Tensor) -> Tensor:
+    return whole.float() * scale.view(-1, *[1] * (whole.dim() - 1))
 
 
 def _kind(tensor: Tensor, wire: Optional[torch.dtype]) -> torch.dtype:
@@ -220,7 +237,7 @@ def decode(data: bytes, manifest: Manifest, expected: Weights) -> Weights:
         _check_kind(name, tensor, expected[name], scales.get(name))
     if own is None:
         _check_finite({**weights, **scales})
-    scaled = {n: weights[n].float() * scale.view(-1, *[1] * (weights[n].dim() - 1)) for n, scale in scales.items()}
+    scaled = {name: _scaled(weights[name], scale) for name, scale in scales.items()}
     _check_finite(scaled)
     return {**weights, **scaled}
 

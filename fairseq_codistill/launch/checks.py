@@ -48,7 +48,8 @@ def check(command: FairseqCommand, save_dir: str) -> None:
         )
     smoothing = command.spelling("label-smoothing")
     if command.get("label-smoothing") is not None:
-        raise ValueError(f"{CRITERION} smooths no labels (its peers' predictions take that place): leave {smoothing} out.")
+        ours = command.spelling("codistill-label-smoothing")
+        raise ValueError(f"criterion {CRITERION} does not know {smoothing}; smooth labels with {ours} instead.")
 
 
 def _check_save_dir(command: FairseqCommand, save_dir: str) -> None:

@@ -119,13 +119,14 @@ $(VENV)/torch-request: FORCE | $(VENV)/bin/python
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
 # The order matters. fairseq-fixed compiles against the torch and numpy that are there; pip's isolated build would
-# download a second torch for it. The chosen torch becomes a constraint, so that no later step replaces it.
+# download a second torch for it. The chosen torch becomes a constraint, so that no later step replaces it. Python's own
+# flags ask for debug information (-g), and with torch's headers the compiler spends much of its time on that; -g0 takes it back.
 $(VENV)/.installed: setup.py constraints.txt $(VENV)/torch-request
 	$(PIP) $(TORCH)
 	@grep -v '^torch' constraints.txt > $(VENV)/constraints.txt
 	@$(VENV)/bin/python -c 'from importlib.metadata import version; [print(f"{p}=={version(p)}") for p in ("torch", "torchaudio")]' >> $(VENV)/constraints.txt
 	$(PIP) -c $(VENV)/constraints.txt numpy cython setuptools wheel
-	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation fairseq-fixed
+	CPPFLAGS="$$CPPFLAGS -g0" $(PIP) -c $(VENV)/constraints.txt --no-build-isolation fairseq-fixed
 	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
 	@$(VENV)/bin/python -m compileall -q -q -j 0 -x '/tests?/' $(VENV)/lib/python3*/site-packages || true # templates are no Python
 	@touch $@

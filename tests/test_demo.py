@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -91,3 +92,43 @@ def test_without_the_commands_on_the_path_the_demo_says_so(tmp_path):
     assert output == (
         "demo: codistill-launch must be on PATH, but is not. Did you forget 'make demo', or to activate .venv?\n"
     )
+
+
+# --- collect.py -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def collect(monkeypatch):
+    """The module, by its path: recipes/demo has a prepare.py as data_prep has."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    spec = importlib.util.spec_from_file_location("demo_collect", ROOT / "recipes/demo/collect.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pages_show_the_committed_results(collect):
+    table = collect.table(json.loads((collect.RESULTS / "results.json").read_text(encoding="utf-8")))
+    assert table.count("\n") == 2 + 4 and ROOT / "recipes/demo/README.md" in collect.pages()
+    for page in collect.pages():
+        assert f"<!-- demo: table -->\n{table}<!-- /demo -->" in page.read_text(encoding="utf-8"), page
+
+
+def test_a_finished_demo_is_taken_over_without_local_paths(collect, tmp_path):
+    demo, results = tmp_path / "demo", tmp_path / "results"
+    with pytest.raises(ValueError, match="must be a finished demo, but its report has no table.md"):
+        collect.take_over(demo, results)
+    for name in (*collect.REPORT, "more.md"):
+        (demo / "report" / name).parent.mkdir(parents=True, exist_ok=True)
+        (demo / "report" / name).write_text(name)
+    run = demo / "runs/single/seed1"
+    (run / "peer0").mkdir(parents=True)
+    for path in ("command.txt", "peer0/train.log", "peer0/test.sacrebleu.json", "peer0/test.hyp"):
+        (run / path).write_text(f"{demo}/data/bin {run} {ROOT}/fairseq_codistill")
+    results.mkdir()
+    (results / "stale").write_text("")
+    collect.take_over(demo, results)
+    found = {str(path.relative_to(results)): path.read_text() for path in results.rglob("*") if path.is_file()}
+    kept = [f"single/seed1/{name}" for name in ("command.txt", "peer0/train.log", "peer0/test.sacrebleu.json")]
+    assert set(found) == {*collect.REPORT, *kept}
+    assert {found[name] for name in kept} == {"DATA/bin OUT/single/seed1 ./fairseq_codistill"}

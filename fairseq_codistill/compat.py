@@ -44,12 +44,12 @@ def provide_removed_numpy_names() -> None:
 def avoid_broken_fast_path() -> None:
     """Stock fairseq 0.12.2 calls a fused encoder layer in evaluation, without an argument that torch ≥ 2.0 demands.
 
-    `fairseq-generate` dies of it with "Mask Type should be defined". The ordinary path gives the same numbers.
+    `fairseq-generate` fails with "Mask Type should be defined". The ordinary path gives the same numbers.
     """
     from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 
     if fairseq.__version__ == "0.12.2":
-        # Each layer sets this attribute to True for itself; a property of the class has the last word.
+        # Each layer sets this attribute to True for itself; a property of the class overrides it.
         TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)
 
 

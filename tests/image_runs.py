@@ -13,7 +13,7 @@ from PIL import Image
 
 TASK = f"--user-dir {PLUGIN} --task image_classification --augmentation none --image-size 8 --image-channels 1"
 MODEL = f"{TASK} --arch resnet8 --image-width 8"
-# An option of a job rather than a model of one: fairseq_runs' own TRAINING would have the last word.
+# An option of a job rather than a model of one: fairseq_runs' own TRAINING would override it.
 SGD = "--optimizer sgd_nesterov --lr 0.1 --lr-scheduler multistep --lr-milestones 4 --batch-size 32"
 
 

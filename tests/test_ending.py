@@ -354,7 +354,7 @@ def test_the_same_order_keeps_what_fairseq_adds_to_the_seed():
 
 def test_weight_decay_comes_back_from_zero_also_after_a_resume():
     decays, groups = [], [{"weight_decay": 0.5}, {"weight_decay": 0.0}]
-    for epochs in ((1, 2), (3,)):  # two lives; the groups travel in the checkpoint
+    for epochs in ((1, 2), (3,)):  # two starts; the groups travel in the checkpoint
         task, groups = Task(), copy.deepcopy(groups)
         data_order.schedule_weight_decay(task, (1, 2), (1e-4, 0.0, 1e-5))
         for epoch in epochs:

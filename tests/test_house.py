@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,18 @@ def undocumented(path):
 def test_what_is_public_in_core_and_exchange_is_documented(path):
     missing = list(undocumented(path))
     assert not missing, f"{name_of(path)} says nothing of {missing}"
+
+
+# Names are the field's, and sentences are not in the first person.
+UNWANTED = r"\b((?i:lessons?|company|sign of life|who is there|last word|my|mine|me)|I [a-z]+)\b"
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=name_of)
+def test_plain_words(path):
+    with open(path, "rb") as file:
+        texts = [token for token in tokenize.tokenize(file.readline) if token.type in (tokenize.COMMENT, tokenize.STRING)]
+    found = [(token.start[0], match[0]) for token in texts for match in re.finditer(UNWANTED, token.string)]
+    assert not found, f"{name_of(path)}: (line, words) {found}"
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

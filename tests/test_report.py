@@ -574,14 +574,14 @@ def test_metric(root, capsys, no_figure):
 
 
 def test_what_the_exchange_has_cost(tmp_path, capsys, no_figure):
-    """Over both peers, and over a peer's lives: 600 updates."""
+    """Over both peers, and over a peer's restarts: 600 updates."""
     make_run(tmp_path / "two", [[4.0], [4.0]])
     quiet = dict(published=2, skipped=1, failed=0, read=1, published_bytes=0, read_bytes=0, copy_s=0.0, waited_s=0.0)
-    lives = {
+    attempts = {
         "peer0": [dict(quiet, updates=100, published_bytes=300_000, hidden_s=0.5, visible_s=0.1)] * 2,
         "peer1": [dict(quiet, updates=400, read_bytes=1200, hidden_s=0.2, visible_s=0.1, copy_s=0.6, waited_s=3.0)],
     }
-    for peer, found in lives.items():
+    for peer, found in attempts.items():
         with open(tmp_path / "two" / peer / "train.log", "a") as log:
             for attempt in found:
                 log.write(f"x | INFO | x | codistillation: exchange totals {json.dumps(attempt)}\n")

@@ -87,7 +87,7 @@ def readings(run: Run, peer: int, attempt: Attempt) -> Tuple[int, int]:
     low = high = 0
     for teacher in run.teachers(peer):
         events = [event for other in run.peers[teacher] for event in other.published if event.update > 0]
-        # One that is there already when I begin is read as well, but only the newest such.
+        # One that is there already at the start is read as well, but only the newest such.
         before = [event for event in events if event.second < attempt.begins]
         during = [event for event in events if attempt.begins <= event.second <= attempt.ends]
         readable = len(during) + bool(before)

@@ -99,7 +99,7 @@ def report(args: argparse.Namespace) -> None:
     by_peer = [ratios(each, args.interval) for each in times]
     everything = sum(by_peer, [])
     error = statistics.stdev(everything) / len(everything) ** 0.5
-    totals = [lives[0].totals for lives in run_log.load(str(args.out / "run")).peers]
+    totals = [attempts[0].totals for attempts in run_log.load(str(args.out / "run")).peers]
     update = statistics.mean((each[max(each)] - each[3 * args.interval]) / (max(each) - 3 * args.interval) for each in times)
     size = totals[0]["published_bytes"] / max(1, totals[0]["published"]) / 1e6
     lines = [f"snapshot {size:.1f} MB, interval {args.interval} updates of {update:.2f} s, {args.tokens} tokens in a batch"]

@@ -57,7 +57,7 @@ class Peer:
         self.alone = 0  # updates made without a teacher
         self.ages: List[np.ndarray] = []  # staleness of the updates made with one: mean over the teachers
         self.aged: List[np.ndarray] = []  # those updates
-        self.latest: Optional[Snapshot] = None  # what others can see of me
+        self.latest: Optional[Snapshot] = None  # what others can see of this peer
         self.news = world.env.event()  # happens when that changes
         self._serials = itertools.count()
 
@@ -83,7 +83,7 @@ class Peer:
         self._kill(self._readers)
 
     def _live(self, update: int) -> Iterator:
-        """Updates until the end, or until I die: returns the update from which to go on."""
+        """Updates until the end, or until it dies: returns the update from which to go on."""
         per_hour = self.scenario.failures_per_worker_hour * self.scenario.workers
         dies = self.env.now + (self.random.exponential(3600 / per_hour) if per_hour else math.inf)
         due: Set[int] = set()
@@ -169,7 +169,7 @@ class Peer:
                 yield self.env.timeout(self._period)
             else:
                 yield self.world.peers[teacher].news
-                yield self.env.timeout(self.random.uniform(0, self._period))  # until my next look
+                yield self.env.timeout(self.random.uniform(0, self._period))  # until the next look
             yield from self._read(teacher)
 
     def _is_new(self, teacher: int) -> bool:

@@ -62,7 +62,7 @@ class Scenario:
     latency_s: float = option(0.005, "wait before the first byte of a transfer")
     encode_s: float = option(0.5, "background seconds to check and checksum a snapshot")
     verify_s: float = option(0.5, "background seconds to verify one that was read")
-    copy_bytes_per_s: float = option(5e9, "memory copies: of my weights to publish, of a peer's when taken")
+    copy_bytes_per_s: float = option(5e9, "memory copies: of this peer's weights to publish, of another's when taken")
     failures_per_worker_hour: float = option(2e-5, "of one worker, each of which stops its peer")
     restart_s: float = option(600.0, "seconds from a failure until the peer trains again")
     checkpoint_every: int = option(1000, "updates")

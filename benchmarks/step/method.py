@@ -75,7 +75,7 @@ SETTINGS: Dict[str, Setting] = {
 
 
 class Method(NamedTuple):
-    """How it is trained; `peers` counts me, as --codistill-peers does."""
+    """How it is trained; `peers` counts the trained model, as --codistill-peers does."""
 
     name: str
     peers: int = 1
@@ -171,7 +171,7 @@ class Step:
         for number in range(1, method.peers):
             peer = replica(self.trainer.get_model(), None)
             generator = torch.Generator().manual_seed(number)
-            for parameter in peer.parameters():  # another model, not a copy of mine
+            for parameter in peer.parameters():  # another model, not a copy of the trained one
                 noise = torch.randn(parameter.shape, generator=generator) * 0.02
                 parameter.data.add_(noise.to(parameter.device, parameter.dtype))
             freeze(peer, None, TORCH_DTYPES[method.dtype])

@@ -87,7 +87,7 @@ class AlphaSchedule:
     until: Optional[int] = None
 
     def at(self, epoch: int, update: int, begin: Optional[int] = 0) -> float:
-        """α in epoch 1, 2, … at update 0, 1, …; before update `begin` it is 0, and forever where that is None. See `alpha_at`."""
+        """α in epoch 1, 2, … at update 0, 1, …; 0 before update `begin`, and forever where that is None. See `alpha_at`."""
         if begin is None:
             return 0.0
         return alpha_at(

@@ -216,7 +216,7 @@ def _open(path: str, make: bool) -> _Folder:
 def _whole(descriptor: int, name: str, size: int, limit: int) -> bytearray:
     with os.fdopen(descriptor, "rb", closefd=False) as file:
         # Memory that may be written to, so that tensors can lie in it. The size may be an old one that the system
-        # remembers: what is read has the last word.
+        # remembers: what is read decides.
         data = bytearray(size)
         del data[file.readinto(data) :]
         if file.read(1):

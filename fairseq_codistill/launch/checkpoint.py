@@ -1,7 +1,7 @@
 r"""A torn `checkpoint_last.pt` is set aside, so that a killed training goes on from its newest whole checkpoint.
 
 fairseq writes each checkpoint beside its place and renames it, but then copies it to `checkpoint_last.pt` where that
-stands: a training that is killed in the middle of the copy leaves half a file, and dies of it at its next start. Without
+stands: a training that is killed in the middle of the copy leaves half a file, and fails at its next start. Without
 any `checkpoint_last.pt` it would begin from update 0, so there is always one: the whole copy is made first.
 
     python -m fairseq_codistill.launch.checkpoint SAVE_DIR …

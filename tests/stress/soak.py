@@ -53,7 +53,7 @@ def words(data: Path, save_dir: Path, args: argparse.Namespace) -> List[str]:
 
 @dataclass
 class Peer:
-    """One peer's lives. `kills`: (seconds since the beginning, update) of each SIGKILL."""
+    """One peer and its restarts. `kills`: (seconds since the beginning, update) of each SIGKILL."""
 
     index: int
     command: List[str]

@@ -70,16 +70,21 @@ def test_updates_to_what_one_group_alone_reaches():
 
 @pytest.mark.parametrize(
     "start, pattern, methods",
+    # fmt: off
     [
         ("over-param", r"(\S+) ± (\S+) against all_reduce's", ["codistill_ce"]),
         ("over-param", r"against all_reduce's (\S+) ± (\S+) on", ["all_reduce_no_smoothing"]),
         ("a quantised", r"fp32 (\S+) ± (\S+), bf16", ["levers/peer_fp32"]),
         ("a quantised", r"bf16 (\S+) ± (\S+), int8", ["levers/peer_bf16"]),
         ("a quantised", r"int8 (\S+) ± (\S+),", ["levers/peer_int8"]),
-        ("the strength", r"0.3 gives (\S+), 1 gives (\S+), 3 gives", ["tuning/ce_constant_0.3", CE, "tuning/ce_constant_3"]),
+        (
+            "the strength", r"0.3 gives (\S+), 1 gives (\S+), 3 gives (\S+)",
+            ["tuning/ce_constant_0.3", CE, "tuning/ce_constant_3"],
+        ),
         ("a growing", r"`mse`: (\S+) growing, (\S+) constant", [MSE, "tuning/mse_constant_0.3"]),
         ("a growing", r"`ce`: (\S+) and (\S+) \|", ["tuning/ce_growing_0.3", CE]),
     ],
+    # fmt: on
 )
 def test_best_nll_on_multi30ks_6000_pairs(start, pattern, methods):
     said = numbers(pattern, claim(start))

@@ -41,6 +41,8 @@ RUN = {
 NOT_RUN = {
     "fairseq-preprocess -s de": "how the tests' data is made (fairseq_runs.preprocess), with file names of the reader's",
     "codistill-launch export RUN": "tests/test_export.py, to the translations of fairseq-generate",
+    "codistill-report runs --baseline single": "tests/test_report_significance.py, on files that the test makes",
+    "codistill-report recipes/multi30k_en_de": "tests/test_report_advice.py, in process",
     "tensorboard --logdir tb": "a server; the folders that it reads are checked below",
 }
 

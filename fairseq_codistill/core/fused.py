@@ -57,6 +57,7 @@ class Objective:
 
     @property
     def passes(self) -> int:
+        """How often the model is run on a batch: twice with R-Drop (its two passes), else once."""
         return 2 if self.rdrop else 1
 
 

@@ -92,17 +92,17 @@ def compare(found: Found, baseline: str) -> tuple[list[Comparison], list[str]]:
         told = f"--baseline {baseline}: none of its peers has a SET.hyp with a SET.ref beside it, so nothing is tested."
         return [], [f"WARNING: {told}"]
     comparisons, notes = [], []
-    for test, theirs in read[baseline].items():
-        for metric in theirs[0].statistics:
-            comparisons.append(_own(baseline, test, metric, theirs))
+    for test, baselines in read[baseline].items():
+        for metric in baselines[0].statistics:
+            comparisons.append(_own(baseline, test, metric, baselines))
     for label in labels:
-        for test, mine in read[label].items() if label != baseline else ():
-            told = _incomparable(mine, read[baseline].get(test, []))
+        for test, tested in read[label].items() if label != baseline else ():
+            told = _incomparable(tested, read[baseline].get(test, []))
             if told:
                 notes.append(f"WARNING: {test} of {label} is not tested against {baseline}: {told}.")
                 continue
-            theirs = read[baseline][test]
-            comparisons += [_tested(label, baseline, test, metric, mine, theirs) for metric in theirs[0].statistics]
+            baselines = read[baseline][test]
+            comparisons += [_tested(label, baseline, test, metric, tested, baselines) for metric in baselines[0].statistics]
     return comparisons, [_meaning(comparisons, baseline), *notes]
 
 
@@ -115,35 +115,35 @@ def _meaning(comparisons: Sequence[Comparison], baseline: str) -> str:
     )
 
 
-def _incomparable(mine: Sequence[Sentences], theirs: Sequence[Sentences]) -> str:
-    if not theirs:
+def _incomparable(tested: Sequence[Sentences], baselines: Sequence[Sentences]) -> str:
+    if not baselines:
         return "the baseline has no translations of it"
-    if len({one.reference for one in [*mine, *theirs]}) > 1:
+    if len({one.reference for one in [*tested, *baselines]}) > 1:
         return "the references differ"
-    if len({one.signature for one in [*mine, *theirs]}) > 1:
+    if len({one.signature for one in [*tested, *baselines]}) > 1:
         return "the sacreBLEU signatures differ"
-    if not _common(mine, theirs):
-        return f"no seed is common ({', '.join(sorted({one.seed for one in mine}))})"
+    if not _common(tested, baselines):
+        return f"no seed is common ({', '.join(sorted({one.seed for one in tested}))})"
     return ""
 
 
-def _common(mine: Sequence[Sentences], theirs: Sequence[Sentences]) -> list[str]:
+def _common(tested: Sequence[Sentences], baselines: Sequence[Sentences]) -> list[str]:
     """Seeds of both, in the baseline's order."""
-    have = {one.seed for one in mine}
-    return list(dict.fromkeys(one.seed for one in theirs if one.seed in have))
+    have = {one.seed for one in tested}
+    return list(dict.fromkeys(one.seed for one in baselines if one.seed in have))
 
 
-def _own(label: str, test: str, metric: str, theirs: Sequence[Sentences]) -> Comparison:
-    scorer = _scorers(theirs[0].signature)[metric]
-    return Comparison(label, label, test, metric, scorer._aggregate_and_compute(_sum(theirs, metric)).score)
+def _own(label: str, test: str, metric: str, baselines: Sequence[Sentences]) -> Comparison:
+    scorer = _scorers(baselines[0].signature)[metric]
+    return Comparison(label, label, test, metric, scorer._aggregate_and_compute(_sum(baselines, metric)).score)
 
 
 def _tested(
-    label: str, baseline: str, test: str, metric: str, mine: Sequence[Sentences], theirs: Sequence[Sentences]
+    label: str, baseline: str, test: str, metric: str, tested: Sequence[Sentences], baselines: Sequence[Sentences]
 ) -> Comparison:
-    seeds = _common(mine, theirs)
-    score, difference, p, signature = _bootstrap(metric, *(_of_seeds(side, seeds) for side in (mine, theirs)))
-    each = {seed: _bootstrap(metric, *(_of_seeds(side, [seed]) for side in (mine, theirs)))[2] for seed in seeds}
+    seeds = _common(tested, baselines)
+    score, difference, p, signature = _bootstrap(metric, *(_of_seeds(side, seeds) for side in (tested, baselines)))
+    each = {seed: _bootstrap(metric, *(_of_seeds(side, [seed]) for side in (tested, baselines)))[2] for seed in seeds}
     return Comparison(label, baseline, test, metric, score, difference, p, each, signature)
 
 
@@ -151,12 +151,12 @@ def _of_seeds(sentences: Sequence[Sentences], seeds: Sequence[str]) -> list[Sent
     return [one for one in sentences if one.seed in seeds]
 
 
-def _bootstrap(metric: str, mine: Sequence[Sentences], theirs: Sequence[Sentences]) -> tuple[float, float, float, str]:
-    """(score, difference to the baseline, p, signature) over all of `mine` together against all of `theirs`."""
+def _bootstrap(metric: str, tested: Sequence[Sentences], baselines: Sequence[Sentences]) -> tuple[float, float, float, str]:
+    """(score, difference to the baseline, p, signature) over all of `tested` together against all of `baselines`."""
     from sacrebleu.significance import PairedTest
 
-    systems = [("baseline", _sum(theirs, metric)), ("method", _sum(mine, metric))]
-    scorers: Any = {metric: _Pooled(_scorers(mine[0].signature)[metric])}
+    systems = [("baseline", _sum(baselines, metric)), ("method", _sum(tested, metric))]
+    scorers: Any = {metric: _Pooled(_scorers(tested[0].signature)[metric])}
     signatures, scores = PairedTest(systems, scorers, None, "bs")()
     base: Any
     result: Any

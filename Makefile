@@ -29,7 +29,7 @@ PYTEST := python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reord
 help:
 	@echo 'make install      create $(VENV) and install everything that the targets below need'
 	@echo 'make demo         codistillation against its baselines on a corpus of our own: six minutes on two cores'
-	@echo 'make test         the tests; TESTS=tests/test_losses.py runs some of them'
+	@echo 'make test         the tests; TESTS=tests/core/test_losses.py runs some of them'
 	@echo 'make lint         ruff, and mypy on the package'
 	@echo 'make docs         the documentation as a site, in site/; strictly: a broken link is an error'
 	@echo 'make dist         source distribution and wheel, in dist/'

@@ -28,6 +28,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "fairseq_codistill"
+# For a Python process that imports from the tests, as pyproject.toml has it for pytest.
+TESTS_PATH = os.pathsep.join(str(ROOT / part) for part in (".", "tests", "tests/core", "tests/exchange"))
 MODEL = (
     "--arch transformer_iwslt_de_en --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 32 --decoder-embed-dim 32 "
     "--encoder-ffn-embed-dim 64 --decoder-ffn-embed-dim 64 --encoder-attention-heads 2 --decoder-attention-heads 2"

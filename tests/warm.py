@@ -3,7 +3,7 @@
 Begun from nothing each would import for six seconds. `commands` makes a folder for PATH with fairseq-train and the others;
 what lies there is a client of a few lines, which hands its arguments, environment, folder and streams over to the tests'
 process, passes signals on, and ends as the command ends, by the same status or signal. Killed, it takes the command with it.
-tests/test_readme.py and tests/test_ending.py start the installed commands.
+tests/repository/test_readme.py and tests/plugin/test_ending.py start the installed commands.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).with_name("own_trainer.py")
-PAGE = Path(__file__).parents[1] / "docs/own_trainer.md"
+PROGRAM = Path(__file__).parents[1] / "own_trainer.py"
+PAGE = Path(__file__).parents[2] / "docs/own_trainer.md"
 
 
 def blocks_of(page):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-DATA_PREP = Path(__file__).parents[1] / "data_prep"
+DATA_PREP = Path(__file__).parents[2] / "data_prep"
 sys.path.insert(0, str(DATA_PREP))
 
 import grammar_corpus as corpus  # noqa: E402

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairseq_runs import TESTS_PATH
 from torch import nn
 
 from fairseq_codistill.exchange import background as background_module
@@ -21,7 +22,7 @@ from fairseq_codistill.exchange.manifest import BadSnapshot
 from fairseq_codistill.exchange.snapshot import fingerprint, tensors_of
 from fairseq_codistill.exchange.stores import DirectoryStore, MemoryStore
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECONDS = 30  # to wait for what must come; far above what it takes
 
 
@@ -332,7 +333,7 @@ def test_sigterm_finishes_what_is_being_published_and_then_ends_the_process(tmp_
     """As a scheduler stops a job: the process dies of SIGTERM, and its last snapshot is whole."""
     code = f"""
         import sys, torch
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path[:0] = {TESTS_PATH.split(os.pathsep)!r}
         from test_background import *
         from test_codistiller import codistiller
         from fairseq_codistill import ending

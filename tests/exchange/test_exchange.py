@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq_runs import fork_server
+from fairseq_runs import TESTS_PATH, fork_server
 from torch import nn
 
 from fairseq_codistill.exchange.exchange import KEEP, Exchange, Run
@@ -375,7 +375,6 @@ def test_a_full_disk_is_no_half_file(tmp_path):
         tmp_path,
         """
         import resource, signal, sys
-        sys.path.insert(0, TESTS)
         from test_exchange import *
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         exchange = Exchange(open_store("x"), 0)
@@ -439,11 +438,10 @@ def test_killed_while_publishing(tmp_path):
 
 def _python(folder, code):
     """A Python process in `folder` that runs `code`."""
-    tests = Path(__file__).parent
-    code = f"TESTS = {str(tests)!r}\n" + textwrap.dedent(code)
+    code = textwrap.dedent(code)
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(tests.parent)},
+        env={**os.environ, "PYTHONPATH": TESTS_PATH},
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes" / "demo" / "run.sh"
 SMALL = {"UPDATES": "12", "VALIDATE": "6", "INTERVAL": "3", "TRAIN_PAIRS": "200", "TEST_PAIRS": "10", "PIECES": "400"}
 SMALL |= {"LAYERS": "1", "WIDTH": "32", "FFN": "32", "TOKENS": "300", "BEAM": "2"}

@@ -23,7 +23,7 @@ import data_prep_corpora as made
 import pytest
 from fairseq_runs import checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 RECIPE = RECIPES / "multi30k_en_de"
 pytestmark = pytest.mark.usefixtures("warm_scripts")

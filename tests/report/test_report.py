@@ -21,7 +21,7 @@ from fairseq_codistill.report import notes as report_notes
 from fairseq_codistill.report import summary as report_summary
 from fairseq_codistill.report import table as report_table
 
-REAL = Path(__file__).parent / "data" / "report"
+REAL = Path(__file__).parents[1] / "data" / "report"
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 
 

@@ -13,7 +13,7 @@ from fairseq_codistill.report import curves, figure, files
 from fairseq_codistill.report.log import TrainLog
 from fairseq_codistill.report.table import Report
 
-REAL = Path(__file__).parent / "data" / "report"
+REAL = Path(__file__).parents[1] / "data" / "report"
 
 
 @pytest.fixture(scope="module")

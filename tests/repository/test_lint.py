@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Older libraries have other types, or none; those of constraints.txt are what the package is checked against.
 pinned = pytest.mark.skipif(sys.version_info < (3, 11), reason="the pinned libraries need Python 3.11")
 

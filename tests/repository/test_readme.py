@@ -27,22 +27,22 @@ TINY += ["--log-interval", "1", "--codistill-sync"]
 USER_DIR = '--user-dir "$(codistill-launch --user-dir)"'
 # The first line of each block of bash, and where it is run.
 RUN = {
-    "make demo": "tests/test_demo.py, small",
-    "pip install torch numpy cython setuptools wheel": "the Makefile's steps, below; a wheel: tests/test_dist.py",
+    "make demo": "tests/recipes/test_demo.py, small",
+    "pip install torch numpy cython setuptools wheel": "the Makefile's steps, below; a wheel: tests/repository/test_dist.py",
     "codistill-launch --peers 2 -- fairseq-train data-bin/iwslt14 \\": "below",
     "codistill-launch --peers 2 -- fairseq-train data-bin/iwslt14 --tensorboard-logdir tb/two \\": "below",
     "codistill-launch status checkpoints/two --json": "below, on the exchange that the training has left",
     "codistill-report checkpoints/two": "below, on its logs",
     f"fairseq-generate data-bin/iwslt14 {USER_DIR} --path checkpoints/two/peer0/checkpoint_best.pt": "below, its checkpoint",
-    "codistill-launch --version": "tests/test_repository.py",
+    "codistill-launch --version": "tests/repository/test_repository.py",
     "make install": "what `make test` does first",
 }  # fmt: skip
 # The first words of other blocks that begin with a command, and why they are not run here.
 NOT_RUN = {
     "fairseq-preprocess -s de": "how the tests' data is made (fairseq_runs.preprocess), with file names of the reader's",
-    "codistill-launch export RUN": "tests/test_export.py, to the translations of fairseq-generate",
-    "codistill-report runs --baseline single": "tests/test_report_significance.py, on files that the test makes",
-    "codistill-report recipes/multi30k_en_de": "tests/test_report_advice.py, in process",
+    "codistill-launch export RUN": "tests/launch/test_export.py, to the translations of fairseq-generate",
+    "codistill-report runs --baseline single": "tests/report/test_report_significance.py, on files that the test makes",
+    "codistill-report recipes/multi30k_en_de": "tests/report/test_report_advice.py, in process",
     "tensorboard --logdir tb": "a server; the folders that it reads are checked below",
 }
 

@@ -1,9 +1,10 @@
-"""Is the default setting ever worse than training alone? Valid NLL of `default` beside that of `alone`, at every validation.
+"""Is a setting ever worse than training alone? Valid NLL of `default` beside that of `alone`, at every validation.
 
     python -m benchmarks.default_setting.compare RUNS [RUNS …]
 
-RUNS/default/seedN and RUNS/alone/seedN are runs of one recipe's default.txt. `alone` are the same peers at α = 0, which is
-plain cross entropy to the bit: so each difference is between equal seeds. A run is the mean over its peers; NLL in bits.
+RUNS/default/seedN and RUNS/alone/seedN are runs of one recipe's default.toml; what else is beside `alone` (settings that were
+tried) gets a row, too. `alone` are the same peers at α = 0, which is plain cross entropy to the bit: so each difference is
+between equal seeds. A run is the mean over its peers; NLL in bits.
 """
 
 from __future__ import annotations
@@ -39,21 +40,28 @@ class Beside(NamedTuple):
         return max(judged, key=judged.__getitem__)
 
 
-def compare(folder: Path) -> Beside:
-    """Raises ReportError for a folder that lacks one of the two."""
-    runs: Dict[str, Dict[str, Curve]] = {}
-    for name in ("default", "alone"):
-        if not (folder / name).is_dir():
-            raise ReportError(f"RUNS must hold the folders default and alone, but {folder} has no {name}.")
-        runs[name] = {run.name: mean_curve(run) for method in load([str(folder / name)]).methods for run in method.runs}
-    seeds = sorted(runs["default"].keys() & runs["alone"].keys())
+def compare(folder: Path) -> Dict[str, Beside]:
+    """Setting -> how it stands beside `alone`; `default` first. Raises ReportError for a folder that lacks `alone` or a setting."""
+    names = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=lambda name: (name != "default", name))
+    if "alone" not in names or len(names) < 2:
+        raise ReportError(f"RUNS must hold the folders default and alone, but {folder} has only {', '.join(names) or 'none'}.")
+    alone = curves_of(folder / "alone")
+    return {name: beside(name, curves_of(folder / name), alone, folder) for name in names if name != "alone"}
+
+
+def curves_of(folder: Path) -> Dict[str, Curve]:
+    return {run.name: mean_curve(run) for method in load([str(folder)]).methods for run in method.runs}
+
+
+def beside(name: str, runs: Dict[str, Curve], alone: Dict[str, Curve], folder: Path) -> Beside:
+    seeds = sorted(runs.keys() & alone.keys())
     if not seeds:
-        raise ReportError(f"default and alone must have a seed in common, but in {folder} have none.")
-    curves = [(runs["default"][seed], runs["alone"][seed]) for seed in seeds]
+        raise ReportError(f"{name} and alone must have a seed in common, but in {folder} have none.")
+    curves = [(runs[seed], alone[seed]) for seed in seeds]
     common = set.intersection(*(set(curve) for pair in curves for curve in pair))
     if not common:
-        raise ReportError(f"default and alone must have been validated at the same updates, but in {folder} never were.")
-    return Beside(seeds, {update: [ours[update] - alone[update] for ours, alone in curves] for update in sorted(common)})
+        raise ReportError(f"{name} and alone must have been validated at the same updates, but in {folder} never were.")
+    return Beside(seeds, {update: [ours[update] - one[update] for ours, one in curves] for update in sorted(common)})
 
 
 def mean_curve(run: Run) -> Curve:
@@ -85,7 +93,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folder with default/seedN and alone/seedN")
     args = parser.parse_args(argv)
     try:
-        named = {str(folder): compare(folder) for folder in args.runs}
+        named = {f"{folder}/{name}": one for folder in args.runs for name, one in compare(folder).items()}
     except ReportError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2

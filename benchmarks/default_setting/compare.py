@@ -41,7 +41,7 @@ class Beside(NamedTuple):
 
 
 def compare(folder: Path) -> Dict[str, Beside]:
-    """Setting -> how it stands beside `alone`; `default` first. Raises ReportError for a folder that lacks `alone` or a setting."""
+    """Setting -> how it stands beside `alone`; `default` first. Raises ReportError where one is missing."""
     names = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=lambda name: (name != "default", name))
     if "alone" not in names or len(names) < 2:
         raise ReportError(f"RUNS must hold the folders default and alone, but {folder} has only {', '.join(names) or 'none'}.")

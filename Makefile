@@ -22,15 +22,18 @@ BENCHMARKS ?= benchmark-runs
 WORKERS ?= 2
 PYTEST := python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo test lint benchmark soak gpu test-legacy clean FORCE
+.PHONY: help install demo test lint benchmark stress soak gpu test-legacy clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make install      create $(VENV) and install everything that the targets below need'
 	@echo 'make demo         codistillation against its baselines on a corpus of our own: ten minutes on two cores'
 	@echo 'make test         the tests; TESTS=tests/test_losses.py runs some of them'
-	@echo 'make lint         ruff'
-	@echo 'make benchmark    what an exchange costs and saves, fuzzing, kills, steps: more than an hour on two idle cores'
+	@echo 'make lint         ruff, and mypy on the package'
+	@echo 'make docs         the documentation as a site, in site/; strictly: a broken link is an error'
+	@echo 'make dist         source distribution and wheel, in dist/'
+	@echo 'make benchmark    what an exchange costs and saves, what a step costs: more than an hour on two idle cores'
+	@echo 'make stress       2,200 damaged and forged files, 200 kills while publishing'
 	@echo 'make soak         peers that are killed and started again for half an hour'
 	@echo 'make gpu          everything that needs a GPU, within 25 minutes; DRY_RUN=1 shows the commands'
 	@echo 'make test-legacy  the tests with stock fairseq 0.12.2, where a Python 3.9 or 3.10 is found'
@@ -46,33 +49,36 @@ test: install
 
 lint: install
 	$(IN_VENV) ruff check .
+	$(IN_VENV) mypy
 
 benchmark: install
-	$(IN_VENV) python benchmarks/communication.py
-	$(IN_VENV) python benchmarks/simulate.py --sweep benchmarks/results/simulation
-	$(IN_VENV) python benchmarks/fuzz_snapshots.py --examples 2200 --seed 1
-	$(IN_VENV) python benchmarks/kill_while_publishing.py --kills 200 --seed 1
-	$(IN_VENV) python benchmarks/step.py --out benchmarks/results/step/latest.json
-	for setting in transformer_base transformer_big; do $(IN_VENV) python benchmarks/step.py --setting $$setting || exit; done
-	$(IN_VENV) python benchmarks/step.py --setting resnet50 --methods cross_entropy codistill_ce:2:mse codistill_ce:2:ce codistill_ce:4:ce
-	$(IN_VENV) python benchmarks/step.py --setting lstm_lm --no-memory --out benchmarks/results/step/lstm_lm_latest.json
+	$(IN_VENV) python -m benchmarks.communication.bytes_per_update
+	$(IN_VENV) python -m benchmarks.simulation.simulate --sweep benchmarks/results/simulation
+	$(IN_VENV) python -m benchmarks.step.measure --out benchmarks/results/step/latest.json
+	for setting in transformer_base transformer_big; do $(IN_VENV) python -m benchmarks.step.measure --setting $$setting || exit; done
+	$(IN_VENV) python -m benchmarks.step.measure --setting resnet50 --methods cross_entropy codistill_ce:2:mse codistill_ce:2:ce codistill_ce:4:ce
+	$(IN_VENV) python -m benchmarks.step.measure --setting lstm_lm --no-memory --out benchmarks/results/step/lstm_lm_latest.json
 	rm -rf $(BENCHMARKS)/exchange_speed*
-	$(IN_VENV) python benchmarks/exchange_speed.py --out $(BENCHMARKS)/exchange_speed --results benchmarks/results/exchange_speed
-	for n in 4 16; do $(IN_VENV) python benchmarks/exchange_speed.py --interval $$n --pairs $$((96 / n + 2)) --words 8000 --width 256 --layers 2 \
+	$(IN_VENV) python -m benchmarks.exchange.speed --out $(BENCHMARKS)/exchange_speed --results benchmarks/results/exchange_speed
+	for n in 4 16; do $(IN_VENV) python -m benchmarks.exchange.speed --interval $$n --pairs $$((96 / n + 2)) --words 8000 --width 256 --layers 2 \
 	    --tokens 2000 --out $(BENCHMARKS)/exchange_speed$$n --results benchmarks/results/exchange_speed/interval_$$n || exit; done
-	$(IN_VENV) python benchmarks/step_scaling.py --out benchmarks/results/step --exchanges benchmarks/results/exchange_speed/interval_*/results.json
-	$(IN_VENV) python benchmarks/data_prep_speed.py
+	$(IN_VENV) python -m benchmarks.step.scaling --out benchmarks/results/step --exchanges benchmarks/results/exchange_speed/interval_*/results.json
+	$(IN_VENV) python -m benchmarks.data.prep_speed
+
+stress: install
+	$(IN_VENV) python tests/stress/fuzz_snapshots.py --examples 2200 --seed 1
+	$(IN_VENV) python tests/stress/kill_while_publishing.py --kills 200 --seed 1
 
 soak: install
 	rm -rf $(BENCHMARKS)/soak
-	$(IN_VENV) python benchmarks/soak.py --out $(BENCHMARKS)/soak --results benchmarks/results/soak
+	$(IN_VENV) python tests/stress/soak.py --out $(BENCHMARKS)/soak --results benchmarks/results/soak
 
 # Everything that needs a GPU, within 25 minutes; results in $(GPU_RESULTS). DATA: a folder made by
 # `data_prep/prepare.py tatoeba_de_en`, without which nothing is trained. DRY_RUN=1 shows every command.
 # WHEELS: on a machine that has torch but reaches no registry, a folder of wheels of what is missing, this package's too
 # (`make dist`); then $(PYTHON) is used and nothing is installed into it.
 GPU_RESULTS ?= gpu-results
-GPU_SUITE = benchmarks/gpu/suite.py --results $(GPU_RESULTS) $(if $(DATA),--data $(DATA)) $(if $(DRY_RUN),--dry-run)
+GPU_SUITE = -m benchmarks.gpu.suite --results $(GPU_RESULTS) $(if $(DATA),--data $(DATA)) $(if $(DRY_RUN),--dry-run)
 
 gpu: $(if $(WHEELS),,install)
 ifdef WHEELS
@@ -83,7 +89,20 @@ else
 endif
 
 clean:
-	rm -rf .venv .venv-legacy demo $(BENCHMARKS) gpu-runs gpu-site
+	rm -rf .venv .venv-legacy demo site $(BENCHMARKS) gpu-runs gpu-site
+
+# --- documentation and distributions ------------------------------------------------------------------------------------
+
+.PHONY: docs dist
+
+# Without --quiet, which would silence the warnings that --strict counts.
+docs: install
+	$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --site-dir site
+
+# Source distribution and wheel, in $(DIST). No network: the setuptools of $(VENV) builds them.
+DIST ?= dist
+dist: install
+	$(IN_VENV) .ci/dist $(DIST)
 
 # --- installation -----------------------------------------------------------------------------------------------------
 

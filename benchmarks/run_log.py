@@ -1,4 +1,4 @@
-"""What a real run logged of its exchange: RUN_DIR/peer*/train.log, one life after another."""
+"""What a real run logged of its exchange: RUN_DIR/peer*/train.log, one attempt after another."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Event(NamedTuple):
 
 
 @dataclass
-class Life:
+class Attempt:
     """One process of a peer, from its config to its end."""
 
     options: Dict[str, str]
@@ -51,10 +51,10 @@ class Life:
 
 @dataclass
 class Run:
-    """The peers of a run, each by its lives."""
+    """The peers of a run, each by its attempts."""
 
     path: Path
-    peers: List[List[Life]]
+    peers: List[List[Attempt]]
 
     @property
     def options(self) -> Dict[str, str]:
@@ -72,9 +72,9 @@ def load(path: str) -> Run:
             f"RUN_DIR must hold peer0/train.log, peer1/train.log, … of a codistilling run, but {path} holds {len(logs)} such "
             "logs; did you mean a folder below it?"
         )
-    peers = [_lives(log) for log in logs]
-    for log, lives in zip(logs, peers):
-        if not any(life.totals for life in lives):
+    peers = [_attempts(log) for log in logs]
+    for log, attempts in zip(logs, peers):
+        if not any(attempt.totals for attempt in attempts):
             raise ValueError(
                 f"{log} must have a line 'codistillation: exchange totals', but has none; did the run end, and was it one with "
                 "peers?"
@@ -82,18 +82,18 @@ def load(path: str) -> Run:
     return Run(Path(path), peers)
 
 
-def _lives(log: Path) -> List[Life]:
-    lives: List[Life] = []
+def _attempts(log: Path) -> List[Attempt]:
+    attempts: List[Attempt] = []
     second = 0.0
     with open(log, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             second = _second(line, second)
             options = dict(_OPTION.findall(line)) if "'codistill_interval'" in line else {}
             if options:
-                lives.append(Life(options, begins=second))
-            if lives:
-                _read(line, second, lives[-1])
-    return lives
+                attempts.append(Attempt(options, begins=second))
+            if attempts:
+                _read(line, second, attempts[-1])
+    return attempts
 
 
 def _second(line: str, before: float) -> float:
@@ -104,28 +104,28 @@ def _second(line: str, before: float) -> float:
     return (moment - datetime(1970, 1, 1)).total_seconds() + int(stamp[2] or 0) / 1000
 
 
-def _read(line: str, second: float, life: Life) -> None:
-    life.ends = second
+def _read(line: str, second: float, attempt: Attempt) -> None:
+    attempt.ends = second
     for record in parse_records(line):
-        life.records.append((second, record))
+        attempt.records.append((second, record))
     if "codistillation: " in line:
-        _read_exchange(line, second, life)
+        _read_exchange(line, second, attempt)
     found = _PARAMETERS.search(line) or _RESUMED.search(line)
     if found and found.re is _PARAMETERS:
-        life.parameters = int(found[1].replace(",", ""))
+        attempt.parameters = int(found[1].replace(",", ""))
     elif found:
-        life.first = int(found[1])
+        attempt.first = int(found[1])
     elif "done training in" in line:
-        life.completed = True
-    elif "begin training epoch" in line and not life.records:
-        life.begins = second
+        attempt.completed = True
+    elif "begin training epoch" in line and not attempt.records:
+        attempt.begins = second
 
 
-def _read_exchange(line: str, second: float, life: Life) -> None:
+def _read_exchange(line: str, second: float, attempt: Attempt) -> None:
     published, took, totals = _PUBLISHED.search(line), _TOOK.search(line), _TOTALS.search(line)
     if published:
-        life.published.append(Event(second, int(published[1]), float(published[2])))
+        attempt.published.append(Event(second, int(published[1]), float(published[2])))
     elif took:
-        life.took.append(Event(second, int(took[2]), int(took[1])))
+        attempt.took.append(Event(second, int(took[2]), int(took[1])))
     elif totals:
-        life.totals = json.loads(totals[1])
+        attempt.totals = json.loads(totals[1])

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from grammar_sentences import Grammar
-from grammar_words import Dice, Lexicon, load_lexicon
+from grammar.sentences import Grammar
+from grammar.words import Dice, Lexicon, load_lexicon
 from options import user_path
 
 MAX_WORDS = 22  # English words in a sentence; longer ones are thrown away

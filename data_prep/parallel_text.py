@@ -16,6 +16,7 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import SentencePieceProcessor
 
+PREPROCESS = (sys.executable, "-m", "fairseq_cli.preprocess")  # fairseq-preprocess of this environment, PATH or no PATH
 _LONGEST_BYTES = 4192  # of a line that sentencepiece learns from; its own limit, which is written into each model
 
 
@@ -126,7 +127,7 @@ def binarise(pieces: Path, out: Path, source: str, target: str, splits: Mapping[
     ``splits`` maps train, valid and test to file names; fairseq calls the second test set ``test1``, and so on. Its
     output goes to ``out/preprocess.log``. Raises ``RuntimeError`` with the end of its output if it fails.
     """
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--source-lang", source, "--target-lang", target]
+    command = [*PREPROCESS, "--source-lang", source, "--target-lang", target]
     command += ["--joined-dictionary", "--destdir", str(out), "--workers", str(workers)]
     for split, names in splits.items():
         command += [f"--{split}pref", ",".join(str(pieces / name) for name in names)]

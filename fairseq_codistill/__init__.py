@@ -6,7 +6,7 @@ See these files first: `criterion.py` (the loss), `core/codistiller.py` (which p
 
 The folders, each of which imports only from those above it:
 
-    common/      paths, output to terminals, fairseq's log lines
+    common/      the version, paths, output to terminals, fairseq's log lines
     exchange/    weights as bytes, and how they move between peers
     core/        distances, schedules, frozen peers: codistillation with torch alone, for any trainer
     launch/      codistill-launch
@@ -18,8 +18,7 @@ The plugin, which alone knows fairseq, is in this folder: `config` (the options)
 on today's libraries), `registration` and `plugin` (when this package registers with fairseq, and what).
 """
 
+from .common.version import __version__ as __version__
 from .registration import register_with_fairseq
-
-__version__ = "0.1.0"
 
 register_with_fairseq()

@@ -25,7 +25,8 @@ import torch
 def allow_checkpoint_classes() -> None:
     """Allow the classes of fairseq's checkpoints in `torch.load`; before torch 2.6 there is nothing to do."""
     if loads_safely():
-        torch.serialization.add_safe_globals(checkpoint_classes())
+        allowed: List[Any] = checkpoint_classes()
+        torch.serialization.add_safe_globals(allowed)
 
 
 def loads_safely() -> bool:
@@ -37,7 +38,7 @@ def loads_safely() -> bool:
 def provide_removed_numpy_names() -> None:
     """`numpy.compat.long`, gone since numpy 2.2: fairseq's language modeling by sentences (`TokenBlockDataset`) asks for it."""
     if not hasattr(numpy, "compat"):
-        numpy.compat = types.SimpleNamespace(long=int)
+        numpy.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]
 
 
 def avoid_broken_fast_path() -> None:
@@ -52,7 +53,7 @@ def avoid_broken_fast_path() -> None:
         TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)
 
 
-# Libraries that we bring in and that log what they do, line by line: to storage, and for each image.
+# Libraries that this package brings in and that log what they do, line by line: to storage, and for each image.
 _CHATTY = ("aiobotocore", "aiohttp", "asyncio", "boto3", "botocore", "fsspec", "gcsfs", "PIL", "s3fs", "s3transfer", "urllib3")
 
 
@@ -97,7 +98,7 @@ def _declare_missing_operator(error: RuntimeError) -> None:
     """Declare the operator that the import missed, without an implementation, and forget what the import left behind."""
     missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
     schema = _TORCHVISION_OPERATORS.get(missing[1]) if missing else None
-    if schema is None:
+    if missing is None or schema is None:
         raise ValueError(
             f"torchvision cannot be imported beside torch {torch.__version__}: {error}; did you forget to install the "
             "version of torchvision that belongs to this torch?"
@@ -110,7 +111,7 @@ def _declare_missing_operator(error: RuntimeError) -> None:
         del sys.modules[name]
 
 
-def checkpoint_classes() -> List[object]:
+def checkpoint_classes() -> List[Any]:
     """What fairseq's checkpoints hold besides tensors, numbers, strings and containers. None of it runs code on loading."""
     return [argparse.Namespace, *_fairseq_classes(), *_omegaconf_classes(), *_numpy_stand_ins()]
 
@@ -141,7 +142,7 @@ def _numpy_stand_ins() -> List[object]:
     numpy's own functions must not be allowed: a file can build a dtype of Python objects that looks like one of bytes, so
     that an array of it takes any bytes for addresses of objects. The stand-ins make numbers and text alone.
     """
-    names = {"numpy.dtype": _DType, "numpy.ndarray": _Array}
+    names: dict[str, Any] = {"numpy.dtype": _DType, "numpy.ndarray": _Array}
     for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # numpy 2, numpy 1
         names.update({f"{module}.scalar": _scalar, f"{module}._reconstruct": _reconstruct})
     return [bytes, *((stand_in, name) for name, stand_in in names.items())]  # b"" is pickled as a call of bytes
@@ -170,7 +171,8 @@ class _Array(numpy.ndarray):
         version, shape, dtype, fortran, contents = state
         if not isinstance(dtype, _DType):
             raise ValueError("A checkpoint holds an array of numpy without its type.")
-        super().__setstate__((version, tuple(map(int, shape)), dtype.real, bool(fortran), bytes(contents)))
+        whole: Any = (version, tuple(map(int, shape)), dtype.real, bool(fortran), bytes(contents))
+        super().__setstate__(whole)
 
     def __reduce__(self) -> Any:
         return self.view(numpy.ndarray).__reduce__()

@@ -8,7 +8,7 @@ import argparse
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Callable, List, Optional
+from typing import Callable, List, Optional, Tuple
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
@@ -34,7 +34,7 @@ def _option(default, help: str):
 # fairseq reads the types of these fields at run time, so this module has no `from __future__ import annotations`.
 @dataclass
 class CodistillConfig(FairseqDataclass):
-    codistill_peer: Optional[int] = _option(None, "my index among the peers, 0 … n−1 (default: $CODISTILL_PEER, else 0)")
+    codistill_peer: Optional[int] = _option(None, "index of this peer, 0 … n−1 (default: $CODISTILL_PEER, else 0)")
     codistill_peers: Optional[int] = _option(None, "number of peers (default: $CODISTILL_PEERS, else 1)")
     codistill_dir: Optional[str] = _option(
         None, "where snapshots are exchanged: a directory, or a URL such as s3://bucket/run (default: $CODISTILL_DIR)"
@@ -44,7 +44,7 @@ class CodistillConfig(FairseqDataclass):
         "updates between publishing this peer's weights and reloading the others' (default: 2500, but at most a 20th of "
         "--max-update; 500 where that is not given)",
     )
-    codistill_loss: ChoiceEnum([*DISTANCES, *CONTROLS]) = _option(
+    codistill_loss: ChoiceEnum([*DISTANCES, *CONTROLS]) = _option(  # type: ignore[valid-type]
         "ce", "distance to the peers' predictions; uniform and unigram are the smoothing controls, without a peer"
     )
     codistill_temperature: float = _option(1.0, "τ of kl, reverse_kl, js and ce, with the factor τ²")
@@ -52,7 +52,7 @@ class CodistillConfig(FairseqDataclass):
         None,
         f"weight α of the distance in the first epoch (default: the distance's own: {_ALPHAS})",
     )
-    codistill_alpha_schedule: ChoiceEnum(list(ALPHA_SCHEDULES)) = _option(
+    codistill_alpha_schedule: ChoiceEnum(list(ALPHA_SCHEDULES)) = _option(  # type: ignore[valid-type]
         "exponential", "α by epoch: constant; exponential, α·γ^(epoch−1); stepwise, + step after each milestone"
     )
     codistill_gamma: float = _option(1.1, "γ of the exponential schedule")
@@ -63,21 +63,22 @@ class CodistillConfig(FairseqDataclass):
         "α never grows above this; inf: no limit (default: 10/3 of --codistill-alpha for the exponential schedule, so 1 for "
         "ce; no growth for uniform and unigram; no limit for the other schedules)",
     )
-    codistill_burn_in: Optional[int] = _option(
+    codistill_alpha_warmup_epochs: Optional[int] = _option(
         None,
-        "updates before which α is 0 and no peer is run (default: with peers a fifth of --max-update, or of "
-        "--codistill-until, at most 10000, or 2000 where neither is given; else 0)",
+        "epochs over which α grows in from 0, so that nobody teaches in the first: what is seen for the first time cannot be "
+        "over-fitted (default: 4 for peers and the exponential schedule, else 0)",
     )
+    codistill_burn_in: int = _option(0, "updates before which α is 0 and no peer is run")
     codistill_alpha_warmup: int = _option(0, "updates in which α grows from 0 to its full size, after the burn-in")
     codistill_until: Optional[int] = _option(None, "update from which on α is 0 again and no peer is run")
     codistill_when_stalled: int = _option(
         0, "teach only once the validation loss has failed to improve so many times in a row; 0: always"
     )
-    codistill_topology: str = _option("all", "whom I learn from: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
-    codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(
+    codistill_topology: str = _option("all", "topology: all, ring, or a file of edges (lines 'TEACHER LEARNER')")
+    codistill_aggregate: ChoiceEnum(list(AGGREGATES)) = _option(  # type: ignore[valid-type]
         "pairwise", "pairwise: mean of the distances; mean: distance to the peers' mean prediction"
     )
-    codistill_gate: ChoiceEnum(list(GATES)) = _option(
+    codistill_gate: ChoiceEnum(list(GATES)) = _option(  # type: ignore[valid-type]
         "none",
         "weight of the distance at each position, by the probabilities that the peer and this model give the target; soft: "
         "min(1, peer's/own); hard: 1 where the peer's is higher, else 0; none: 1",
@@ -90,15 +91,15 @@ class CodistillConfig(FairseqDataclass):
         "β of R-Drop in training: two passes with different dropout, taught by the peers both, and β times the symmetric KL "
         "between them; half of --rdrop-alpha of label_smoothed_cross_entropy_with_rdrop, whose loss is twice this one",
     )
-    codistill_peer_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
+    codistill_peer_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(  # type: ignore[valid-type]
         None,
         "precision of the peers' weights and forward (default: the model's); bf16 is fastest where the processor has it, "
         "int8 saves memory and costs time",
     )
     codistill_every: int = _option(
-        1, "of so many updates one is taught, and the others are plain and cheaper; α is not raised for it"
+        1, "distil on every k-th update only, the others are plain and cheaper; α is not raised for it"
     )
-    codistill_wire_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(
+    codistill_wire_dtype: Optional[ChoiceEnum(list(DTYPES))] = _option(  # type: ignore[valid-type]
         None, "precision in which weights travel (default: bf16 for an fp32 model, else the model's)"
     )
     codistill_publish_ema: bool = _option(
@@ -109,7 +110,7 @@ class CodistillConfig(FairseqDataclass):
         0.0, "seconds to wait at the start for the peers' first snapshots; with --codistill-sync, for each (0: 600)"
     )
     codistill_max_staleness: Optional[int] = _option(None, "updates after which a snapshot stops teaching")
-    codistill_data: ChoiceEnum(["independent", "same", "disjoint"]) = _option(
+    codistill_data: ChoiceEnum(["independent", "same", "disjoint"]) = _option(  # type: ignore[valid-type]
         "independent", "training data of the peers: independent order, same order, or disjoint fixed parts"
     )
     codistill_weight_decays: Optional[str] = _option(
@@ -118,7 +119,7 @@ class CodistillConfig(FairseqDataclass):
     codistill_teacher: Optional[str] = _option(
         None, "frozen fairseq checkpoints a.pt:b.pt instead of peers (offline distillation)"
     )
-    # no option of ours, but given by habit: so that there is a sentence instead of "unrecognized arguments"
+    # no option of this criterion, but given by habit: so that there is a sentence instead of "unrecognized arguments"
     label_smoothing: Optional[float] = _option(None, argparse.SUPPRESS)
     # fairseq's own, filled in by fairseq
     sentence_avg: bool = II("optimization.sentence_avg")
@@ -133,7 +134,7 @@ class CodistillConfig(FairseqDataclass):
 
 
 def read_environment(cfg: CodistillConfig) -> CodistillConfig:
-    """Fill who I am, how many we are and where from the environment, where the command line is silent."""
+    """Fill index, number and directory of the peers from the environment, where the command line is silent."""
     for name, variable in ENVIRONMENT.items():
         text = os.environ.get(variable)
         if getattr(cfg, name) is None and text:
@@ -147,8 +148,14 @@ def read_environment(cfg: CodistillConfig) -> CodistillConfig:
     return cfg
 
 
+def peers_of(cfg: CodistillConfig) -> Tuple[int, int]:
+    """(index of this peer, number of peers). `cfg`: environment already read."""
+    assert cfg.codistill_peer is not None and cfg.codistill_peers is not None
+    return cfg.codistill_peer, cfg.codistill_peers
+
+
 def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
-    """Fill α, its limit, the interval and the burn-in, whose defaults depend on other options. `cfg`: checked already."""
+    """Fill α, its limit, its warm-up and the interval, whose defaults depend on other options. `cfg`: checked already."""
     name = str(cfg.codistill_loss)
     if cfg.codistill_alpha is None:
         cfg.codistill_alpha = CONTROLS[name] if name in CONTROLS else DISTANCES[name].alpha
@@ -157,8 +164,11 @@ def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
     if cfg.codistill_interval is None:
         updates = cfg.max_update or 0
         cfg.codistill_interval = min(_INTERVAL, max(1, updates // _EXCHANGES)) if updates > 0 else _INTERVAL_OF_UNKNOWN
-    if cfg.codistill_burn_in is None:
-        cfg.codistill_burn_in = _burn_in(cfg)
+    if cfg.codistill_alpha_warmup_epochs is None:
+        # Teachers in files are trained already, and the smoothing controls know as much as they ever will.
+        by_peers = cfg.codistill_teacher is None and name not in CONTROLS
+        grows = by_peers and str(cfg.codistill_alpha_schedule) == "exponential"
+        cfg.codistill_alpha_warmup_epochs = _WARMUP_EPOCHS if grows else 0
     return cfg
 
 
@@ -166,16 +176,8 @@ def fill_defaults(cfg: CodistillConfig) -> CodistillConfig:
 _GROWTH = 10 / 3
 # The papers' translation runs exchange every 2500 updates; a shorter training must still exchange often enough to learn.
 _INTERVAL, _EXCHANGES, _INTERVAL_OF_UNKNOWN = 2500, 20, 500
-# Peers that know little yet hold each other back, and the models lag behind training alone for the next fifth of the run.
-_BURN_IN_SHARE, _BURN_IN, _BURN_IN_OF_UNKNOWN = 5, 10_000, 2000
-
-
-def _burn_in(cfg: CodistillConfig) -> int:
-    """Of peers. Teachers in files are trained already, and the smoothing controls know nothing at any time."""
-    if cfg.codistill_teacher is not None or str(cfg.codistill_loss) in CONTROLS:
-        return 0
-    ends = [end for end in (cfg.max_update, cfg.codistill_until) if end and end > 0]
-    return min(_BURN_IN, min(ends) // _BURN_IN_SHARE) if ends else _BURN_IN_OF_UNKNOWN
+# Peers that know little yet hold each other back, and a model that has seen its data less than once over-fits nothing.
+_WARMUP_EPOCHS = 4
 
 
 def is_restart() -> bool:
@@ -223,7 +225,7 @@ def numbers(cfg: CodistillConfig, name: str) -> List[float]:
 
 def active(cfg: CodistillConfig) -> bool:
     """Whether anybody teaches at all; otherwise the criterion is plain cross entropy."""
-    return cfg.codistill_peers > 1 or cfg.codistill_teacher is not None or str(cfg.codistill_loss) in CONTROLS
+    return peers_of(cfg)[1] > 1 or cfg.codistill_teacher is not None or str(cfg.codistill_loss) in CONTROLS
 
 
 def _finite(test: Callable[[float], bool]) -> Callable[[float], bool]:
@@ -239,6 +241,7 @@ _RULES = (
     ("codistill_gamma", _finite(lambda v: v >= 0), "a finite number, not negative"),
     ("codistill_alpha_step", _finite(lambda v: True), "a finite number"),
     ("codistill_alpha_max", lambda v: v >= 0, "a number, not negative (inf: no limit)"),
+    ("codistill_alpha_warmup_epochs", lambda v: v >= 0, "a number of epochs, not negative"),
     ("codistill_burn_in", lambda v: v >= 0, "a number of updates, not negative"),
     ("codistill_alpha_warmup", lambda v: v >= 0, "a number of updates, not negative"),
     ("codistill_until", lambda v: v >= 1, "at least 1 update"),
@@ -251,7 +254,7 @@ _RULES = (
 
 
 def _check_peers(cfg: CodistillConfig) -> None:
-    peer, peers = cfg.codistill_peer, cfg.codistill_peers
+    peer, peers = peers_of(cfg)
     if not 0 <= peer < peers:
         forgot = "; did you forget --codistill-peers (or CODISTILL_PEERS)?" if peers == 1 else "."
         raise ValueError(f"codistill_peer must be between 0 and {peers - 1} with {peers} peers, but is {peer} instead{forgot}")
@@ -275,11 +278,10 @@ def _check_milestones_used(cfg: CodistillConfig, milestones: List[float]) -> Non
 
 
 def _check_levers(cfg: CodistillConfig) -> None:
-    burn_in = cfg.codistill_burn_in or 0
-    if cfg.codistill_until is not None and cfg.codistill_until <= burn_in:
+    if cfg.codistill_until is not None and cfg.codistill_until <= cfg.codistill_burn_in:
         raise ValueError(
-            f"codistill_until must be above codistill_burn_in, which is {burn_in}, but is {cfg.codistill_until} instead, so "
-            "that no update would be taught."
+            f"codistill_until must be above codistill_burn_in, which is {cfg.codistill_burn_in}, but is {cfg.codistill_until} "
+            "instead, so that no update would be taught."
         )
     if cfg.codistill_when_stalled and cfg.disable_validation and active(cfg):
         raise ValueError("codistill_when_stalled needs validations, but --disable-validation is given; leave one of them out.")

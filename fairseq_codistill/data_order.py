@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 from .core.schedules import weight_decay_at
+from .core.weight_decay import set_weight_decay
 from .wrapping import TRAIN_STEP, Argument, wrap
 
 logger = logging.getLogger(__name__)
@@ -14,7 +15,6 @@ _BATCHES = (
     "dataset", "max_tokens", "max_sentences", "max_positions", "ignore_invalid_inputs", "required_batch_size_multiple",
     "seed", "num_shards", "shard_id", "num_workers", "epoch",
 )  # fmt: skip
-_HAS_DECAY = "codistill_weight_decay"  # marks a group of parameters, and is saved with it in a checkpoint
 
 
 def order_data(task: Any, data: str, peer: int, peers: int, train_subset: str, seed: Optional[int] = None) -> None:
@@ -65,10 +65,10 @@ def schedule_weight_decay(task: Any, milestones: Sequence[float], values: Sequen
 
     def train_step(step, *args, **kwargs):
         optimizer = optimizer_of.of(args, kwargs)
-        groups = _decayed(optimizer.param_groups) if optimizer is not None else []
-        for group in groups:
-            group["weight_decay"] = weight_decay_at(now["epoch"], milestones, values)
-        if optimizer is not None and not groups and not now["warned"]:
+        changes = optimizer is None or set_weight_decay(
+            optimizer.param_groups, weight_decay_at(now["epoch"], milestones, values)
+        )
+        if not changes and not now["warned"]:
             now["warned"] = True
             logger.warning(
                 "codistillation: --codistill-weight-decays changes nothing: no group of the optimizer's parameters has a "
@@ -80,13 +80,3 @@ def schedule_weight_decay(task: Any, milestones: Sequence[float], values: Sequen
     optimizer_of = Argument(task.train_step, "optimizer", TRAIN_STEP)
     wrap(task, "begin_epoch", begin_epoch)
     wrap(task, "train_step", train_step)
-
-
-def _decayed(groups: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """The groups that have weight decay: the only one; of several, those that had some, even if theirs is 0 now."""
-    if len(groups) == 1:
-        return groups
-    for group in groups:
-        if group.get("weight_decay"):
-            group[_HAS_DECAY] = True
-    return [group for group in groups if group.get(_HAS_DECAY)]

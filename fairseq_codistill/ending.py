@@ -1,6 +1,6 @@
 """When and how a training ends, seen while Python is still whole, in every way that fairseq is started.
 
-fairseq calls nobody when a training ends, and at Python's exit it is late: executors are closed, so S3's libraries fail, and
+fairseq tells nobody that a training has ended, and Python's exit is too late: executors are closed, S3's libraries fail, and
 Python 3.12 starts no thread any more. But fairseq's program logs "done training in … seconds" after every training that was
 not broken off, whichever condition ended it: updates, epochs, hours, patience or learning rate. What ends without these
 words (an exception, wherever it was caught, sys.exit, a signal) was not completed.
@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from multiprocessing import util
+from types import FrameType
 from typing import Any, Callable, Optional
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def watch(task: Any, end: Callable[[bool], None], seems_complete: Callable[[], b
 
 def _speaker() -> Optional[logging.Logger]:
     """The logger of the program below which this is called, if it has the last words to say."""
-    frame = sys._getframe()
+    frame: Optional[FrameType] = sys._getframe()
     while frame is not None:
         if any(isinstance(text, str) and text.startswith(_LAST_WORDS) for text in frame.f_code.co_consts):
             found = frame.f_globals.get("logger")
@@ -76,17 +77,17 @@ def _hear(speaker: logging.Logger, task: Any, then: Callable[[], None]) -> Calla
     def listening(message: Any, *args: Any, **kwargs: Any) -> None:
         info(message, *args, **{**kwargs, "stacklevel": kwargs.get("stacklevel", 1) + 1})
         # One process may train one model after another (hydra's multirun).
-        mine = sys._getframe(1).f_locals.get("task", task) is task
-        if isinstance(message, str) and message.startswith(_LAST_WORDS) and mine:
+        of_this_task = sys._getframe(1).f_locals.get("task", task) is task
+        if isinstance(message, str) and message.startswith(_LAST_WORDS) and of_this_task:
             then()
 
     def forget() -> None:
         if vars(speaker).get("info") is listening:
-            del speaker.info  # type: ignore[misc]
+            del speaker.info
             if info != speaker.info:
                 speaker.info = info  # type: ignore[method-assign]
 
-    speaker.info = listening  # type: ignore[method-assign]
+    speaker.info = listening  # type: ignore[assignment, method-assign]
     return forget
 
 
@@ -117,7 +118,7 @@ def drain_on_sigterm(drain: Callable[[float], Any]) -> Callable[[], None]:
     The function returned gives SIGTERM back."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        return lambda: None  # somebody else's handler has the last word
+        return lambda: None  # another handler decides
     process = os.getpid()
 
     def on_sigterm(number: int, frame: Any) -> None:

@@ -10,14 +10,14 @@ import contextlib
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from .core.codistiller import Codistiller, Teaching
-from .data_order import order_data, schedule_weight_decay  # noqa: F401
+from .core.codistiller import Codistiller
+from .core.teaching import Teaching
 from .ending import drain_on_sigterm, watch
-from .exchange.exchange import Run
+from .exchange.run import Run
+from .facts import model_facts
 from .wrapping import TRAIN_STEP, Argument, wrap
 
 TEACHING = "codistill"  # the sample's key
-_LONGEST_TEXT = 500  # signs of one setting; a manifest that is too long is not read
 
 
 def attach(
@@ -82,27 +82,6 @@ def attach(
     for wrapper in (load_dataset, begin_epoch, train_step, valid_step, state_dict):
         wrap(task, wrapper.__name__, wrapper)
     watch(task, end, lambda: not raised and codistiller.may_be_complete)
-
-
-def model_facts(model: Any) -> Dict[str, Any]:
-    """For the manifest, so that a person or a later version can tell what the weights belong to: class and settings.
-
-    They are decoration: what cannot be read, or is no plain value, is left out."""
-    plain: Dict[str, Any] = {"class": type(model).__name__}
-    with contextlib.suppress(Exception):
-        settings = getattr(model, "cfg", None) or getattr(model, "args", None) or {}
-        for name in list(settings if hasattr(settings, "keys") else vars(settings)):
-            with contextlib.suppress(Exception):  # omegaconf raises for a value that is missing
-                value = settings[name] if hasattr(settings, "keys") else getattr(settings, name)
-                if _is_plain(value):
-                    plain[str(name)] = value
-    return plain
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= _LONGEST_TEXT)
 
 
 def _with(sample: Dict[str, Any], teaching: Optional[Teaching]) -> Dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What fairseq gets from us. Importing this module registers it all; `registration` does so when fairseq is there."""
+"""What is registered with fairseq. Importing this module registers it all; `registration` does so when fairseq is there."""
 
 from . import compat, criterion  # noqa: F401
 from .image import lr_schedules, models, nesterov, task  # noqa: F401

@@ -6,7 +6,7 @@ takes four seconds. So `plugin`, which registers everything, is imported
 * at once where fairseq is there already: `--user-dir`, or `import fairseq, fairseq_codistill`;
 * else when fairseq's import ends. A finder in `sys.meta_path`, which sees the end of imports, waits for it and then goes.
 
-It also waits for a module of ours that is being imported (`from fairseq_codistill import compat` brings fairseq with it):
+It also waits for a module of its package that is being loaded (`from fairseq_codistill import compat` brings fairseq with it):
 `plugin` could not use that module while it is half there.
 """
 
@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, Dict, Optional, Sequence
 
 _PLUGIN = f"{__package__}.plugin"
-# Where a fork of fairseq imports us while it is itself being imported: what must be whole before we can register.
+# Where a fork of fairseq imports this package while it is itself being imported: what must be whole before it can register.
 _NEEDED = ("fairseq.criterions", "fairseq.models", "fairseq.optim", "fairseq.optim.lr_scheduler", "fairseq.tasks")
 
 
@@ -33,10 +33,10 @@ def register_with_fairseq() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds nothing of its own; the modules of fairseq and of ours that others find tell it when they are imported."""
+    """Finds nothing of its own; the modules of fairseq and of this package that others find tell it when they are imported."""
 
     def __init__(self) -> None:
-        self._imported: Dict[str, bool] = {}  # each module that was begun before our eyes: is it whole?
+        self._imported: Dict[str, bool] = {}  # each module whose import was seen to begin: is it whole?
         self._registering = False
         self._lock = threading.Lock()  # guards both; never held during an import, which has locks of its own
 
@@ -46,7 +46,7 @@ class _AfterImport(MetaPathFinder):
         if fullname.split(".")[0] not in ("fairseq", __package__):
             return None
         finders = list(sys.meta_path)
-        # Only those behind this one, as Python would: another hook of this sort may be asking us.
+        # Only those behind this one, as Python would: another hook of this sort may be asking this one.
         behind = finders[finders.index(self) + 1 :] if self in finders else finders
         for finder in behind:
             find = getattr(finder, "find_spec", None)
@@ -113,8 +113,10 @@ class _Telling(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        name = module.__spec__.name
-        module.__loader__ = module.__spec__.loader = self._loader  # for whoever asks the module itself
+        spec = module.__spec__
+        assert spec is not None, "whoever imports a module has given it a spec"
+        name = spec.name
+        module.__loader__ = spec.loader = self._loader  # for whoever asks the module itself
         self._listener.begin(name)
         whole = False
         try:

@@ -31,7 +31,7 @@ def teach_when_stalled(task: Any, codistiller: Codistiller, patience: int, save_
     """
     _check_fairseq()
     history = History(Path(save_dir) / FILE)
-    codistiller.teaches_from = None
+    codistiller.teachers.begin = None
 
     def train_step(step, *args, **kwargs):
         if not history.is_read:
@@ -42,12 +42,12 @@ def teach_when_stalled(task: Any, codistiller: Codistiller, patience: int, save_
     def post_validate(validated, *args, **kwargs):
         stats = stats_of.of(args, kwargs)
         update, loss = group.share((int(stats["num_updates"]), float(stats["loss"])))
-        if history.add(update, loss) and codistiller.teaches_from is None:
+        if history.add(update, loss) and codistiller.teachers.begin is None:
             decide()
         return validated(*args, **kwargs)
 
     def decide() -> None:
-        codistiller.teaches_from = begin = stalled_at(history.losses, patience)
+        codistiller.teachers.begin = begin = stalled_at(history.losses, patience)
         if begin is not None:
             best = min(loss for update, loss in history.losses if update <= begin)
             logger.info(

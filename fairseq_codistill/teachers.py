@@ -60,7 +60,7 @@ def _load(path: str, task: Any) -> nn.Module:
     _check_classes(path, state, task)
     model = _build(path, state, settings, task)
     _check_dictionaries(path, settings, task)
-    model.codistill_name = f"teacher {path}"
+    model.codistill_name = f"teacher {path}"  # type: ignore[assignment]
     return model
 
 
@@ -79,8 +79,8 @@ def _does_not_fit(path: str, settings: Any, task: Any, error: Exception) -> str:
     found = _MISMATCH.search(str(error))
     if not found:
         return f"codistill_teacher {path!r} cannot be built with this training's task ({_short(error)})."
-    name, theirs, mine = found.groups()
-    start = f"codistill_teacher {path!r} does not fit this training: its {name} is {theirs}, but must be {mine}"
+    name, theirs, own = found.groups()
+    start = f"codistill_teacher {path!r} does not fit this training: its {name} is {theirs}, but must be {own}"
     other, ours = _dictionaries(_task_of(settings)), _dictionaries(task)
     told = [f"{side} dictionary: {_words(other[side])} there, {_words(ours[side])} here" for side in ours if side in other]
     forgot = f" ({'; '.join(told)})." if told else "."
@@ -107,14 +107,14 @@ def _check_dictionaries(path: str, settings: Any, task: Any) -> None:
             f"those in its data {_data(settings)!r} are no longer there; their sizes fit, but other symbols would do harm"
         )
         return
-    for side, mine in ours.items():
+    for side, own in ours.items():
         other = theirs[side]
-        if digest(other) != digest(mine):
-            at = next(i for i, (a, b) in enumerate(zip(other.symbols, mine.symbols)) if a != b)
+        if digest(other) != digest(own):
+            at = next(i for i, (a, b) in enumerate(zip(other.symbols, own.symbols)) if a != b)
             raise ValueError(
                 f"A teacher must have the same {side} dictionary as this training, but {path!r} was trained on "
-                f"{_data(settings)!r} with {_words(other)}, and this training has {_words(mine)}: symbol {at} is "
-                f"{other.symbols[at]!r} there and {mine.symbols[at]!r} here."
+                f"{_data(settings)!r} with {_words(other)}, and this training has {_words(own)}: symbol {at} is "
+                f"{other.symbols[at]!r} there and {own.symbols[at]!r} here."
             )
 
 

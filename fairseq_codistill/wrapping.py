@@ -47,15 +47,15 @@ class Argument:
         names = names if name in names else list(order)
         self.name, self._place = name, names.index(name) if name in names else None
 
-    def of(self, args: Sequence[Any], kwargs: Dict[str, Any], default: Any = None) -> Any:
+    def of(self, args: Tuple[Any, ...], kwargs: Dict[str, Any], default: Any = None) -> Any:
         if self.name in kwargs:
             return kwargs[self.name]
         return args[self._place] if self._place is not None and self._place < len(args) else default
 
-    def replaced(self, value: Any, args: Sequence[Any], kwargs: Dict[str, Any]) -> Tuple[Sequence[Any], Dict[str, Any]]:
+    def replaced(self, value: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
         """(args, kwargs) with `value` for this argument; passed by name where the caller did not pass it."""
         if self.name not in kwargs and self._place is not None and self._place < len(args):
-            return [*args[: self._place], value, *args[self._place + 1 :]], kwargs
+            return (*args[: self._place], value, *args[self._place + 1 :]), kwargs
         return args, {**kwargs, self.name: value}
 
 

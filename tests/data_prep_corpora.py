@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import hashlib
 import http.server
 import io
@@ -162,6 +163,13 @@ def tatoeba_rows(count: int = 240) -> list:
 def tatoeba_zip(rows: list) -> bytes:
     text = "".join(f"{english}\t{german}\tCC-BY 2.0 (France) Attribution: tatoeba.org #1\n" for english, german in rows)
     return zipped({"_about.txt": b"Tab-delimited.\n", "deu.txt": text.encode()})
+
+
+def own_texts(prefix: str = "all", count: int = 120, seed: int = 5) -> dict:
+    """Somebody's text in two languages that no tool knows, one side gzipped."""
+    pairs = grammar_pairs(count, seed)
+    sources, targets = plain_text([german for _, german in pairs]), plain_text([english for english, _ in pairs])
+    return {f"{prefix}.xx": sources, f"{prefix}.yy.gz": gzip.compress(targets, mtime=0)}
 
 
 def kill_this_process(*_: object) -> None:

@@ -1,11 +1,13 @@
 """Real fairseq processes on tiny data, for the tests.
 
-`import fairseq` costs four seconds. So most jobs are processes forked from one server that has imported it already;
-`command()` runs the installed command from nothing, as a user does.
+`import fairseq` costs four seconds, and its first optimizer two more. So most jobs are processes forked from one server that
+has imported all that already; `command()` runs the installed command from nothing, as a user does, and `warm.commands()` has
+stand-ins of fairseq's commands for scripts.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -17,9 +19,11 @@ import socket
 import subprocess
 import sys
 import threading
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Dict, List, Optional
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -31,14 +35,22 @@ MODEL = (
 TRAINING = "--cpu --optimizer adam --lr 0.003 --max-tokens 300 --log-format json --log-interval 1 --no-epoch-checkpoints "
 # fairseq-fixed drops what is left of a data set after the last multiple of 8 sentences; tiny data would be empty.
 TRAINING += "--num-workers 0 --required-batch-size-multiple 1"
-CODISTILL = "--criterion codistill_ce --codistill-interval 4 --codistill-loss ce --codistill-alpha-schedule constant "
-CODISTILL += "--codistill-burn-in 0"
+CODISTILL = "--criterion codistill_ce --codistill-interval 4 --codistill-loss ce --codistill-alpha-schedule constant"
 LOCKSTEP = f"{CODISTILL} --codistill-sync --codistill-wait 120"
 DEADLINE = 240  # seconds; far above what any job needs
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the server starts
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["fairseq_cli.train", "fairseq_cli.generate", "fairseq_cli.validate"])
+
+
+@functools.cache
+def fork_server():
+    """The context whose processes are forked from one that has imported what `preload` imports."""
+    with pytest.MonkeyPatch.context() as patch:  # only the server needs to find `preload`
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        _FORK.set_forkserver_preload(["preload"])
+        forkserver.ensure_running()
+    return _FORK
 
 
 class Job:
@@ -46,7 +58,7 @@ class Job:
 
     def __init__(self, words: List[str], environment: Optional[Dict[str, str]] = None, cwd: Optional[Path] = None) -> None:
         reading, writing = _FORK.Pipe(duplex=False)
-        self._process = _FORK.Process(target=_job, args=(words, environment or {}, str(cwd or os.getcwd()), writing))
+        self._process = fork_server().Process(target=_job, args=(words, environment or {}, str(cwd or os.getcwd()), writing))
         self._process.start()
         writing.close()
         self._lines: List[str] = []
@@ -103,11 +115,16 @@ class Job:
 
 
 def _job(words: List[str], environment: Dict[str, str], cwd: str, output) -> None:
-    """In the new process: become the command `words`."""
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     for name in [name for name in os.environ if name.startswith("CODISTILL_")]:
         del os.environ[name]
+    become(words, environment, cwd)
+
+
+def become(words: List[str], environment: Dict[str, str], cwd: str) -> None:
+    """In a process of `fork_server`: be the command `words`."""
+    assert "preload" in sys.modules, "the server was not started by fork_server()"
     os.environ.update(environment)
     os.chdir(cwd)
     torch.set_num_threads(1)

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Dict, Sequence
 
 import numpy as np
-from fairseq_runs import _FORK, PLUGIN, ROOT
+from fairseq_runs import PLUGIN, ROOT
 from PIL import Image
-
-# torchvision is imported once, in the server that jobs are forked from, rather than for a second or two in each of them.
-_FORK.set_forkserver_preload(["fairseq_cli.train", "fairseq_cli.generate", "fairseq_cli.validate", "preload_torchvision"])
 
 TASK = f"--user-dir {PLUGIN} --task image_classification --augmentation none --image-size 8 --image-channels 1"
 MODEL = f"{TASK} --arch resnet8 --image-width 8"

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,27 +17,22 @@ import torch
 from fairseq_runs import ROOT
 from torch import nn
 
+from benchmarks import run_log
+from benchmarks.communication import bytes_per_update, logged, model_size
+from benchmarks.communication.bytes_per_update import Setting, ring_all_reduce, traffic
+from benchmarks.communication.model_size import Size
+from benchmarks.exchange import alternating_train
+from benchmarks.exchange import speed as exchange_speed
+from benchmarks.simulation import simulate, validate
+from benchmarks.simulation.outcome import outcome
+from benchmarks.simulation.peer import World, all_reduce_s
+from benchmarks.simulation.scenario import PARAMETERS, Scenario
+from benchmarks.simulation.store import Store, fair_rates
 from fairseq_codistill.exchange.snapshot import Buffer, tensors_of
 
 BENCHMARKS = ROOT / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import alternating_train  # noqa: E402
-import communication  # noqa: E402
-import communication_run  # noqa: E402
-import exchange_speed  # noqa: E402
-import model_size  # noqa: E402
-import run_log  # noqa: E402
-import simulate  # noqa: E402
-import simulation_validate  # noqa: E402
-from communication import Setting, ring_all_reduce, traffic  # noqa: E402
-from model_size import Size  # noqa: E402
-from simulation import PARAMETERS, Scenario, outcome  # noqa: E402
-from simulation_peer import World, all_reduce_s  # noqa: E402
-from simulation_store import Store, fair_rates  # noqa: E402
-
 README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-MAIN = {"communication.py": communication.main, "simulate.py": simulate.main}
+MAIN = {module.__name__: module.main for module in (bytes_per_update, simulate)}
 INFINITE = {name: math.inf for name in Scenario.__dataclass_fields__ if name.endswith("_bytes_per_s")}
 # Peers of one worker that start together, take half a second for an update, and exchange in no time at all.
 IDEAL = Scenario(
@@ -94,7 +88,7 @@ def test_the_formula_is_the_size_of_real_snapshots(wire):
     body = len(data) - 8 - int.from_bytes(data[:8], "little")
     counted = model_size._count(model, "small", "")
     assert counted.parameters == 300 * 200 + 200 + 400 and counted.buffers == 400 + 1
-    assert body == pytest.approx(communication.BYTES[wire] * counted.published, rel=0.03)
+    assert body == pytest.approx(model_size.BYTES[wire] * counted.published, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +96,7 @@ def test_the_formula_is_the_size_of_real_snapshots(wire):
     [(0, "0 B"), (640, "640 B"), (5_247.8, "5.25 kB"), (999_960, "1.00 MB"), (31.2e6, "31.2 MB"), (1.57e9, "1.57 GB")],
 )
 def test_amounts(size, text):
-    assert communication.amount(size) == text
+    assert bytes_per_update.amount(size) == text
 
 
 # ---------------------------------------------------------------- models
@@ -169,16 +163,16 @@ def test_what_cannot_be_meant_is_one_sentence_and_status_2(words, must, tmp_path
     monkeypatch.chdir(tmp_path)
     for name in ("odd.safetensors", "odd.pt"):
         Path(name).write_bytes(b"\x07nonsense")
-    assert communication.main(shlex.split(words)) == 2
+    assert bytes_per_update.main(shlex.split(words)) == 2
     error = capsys.readouterr().err
     assert must in error and error.count("\n") == 1
 
 
 def test_tables(capsys):
-    assert communication.main(shlex.split("--parameters 1000000 --peers 2 4 --workers 8 --interval 50")) == 0
+    assert bytes_per_update.main(shlex.split("--parameters 1000000 --peers 2 4 --workers 8 --interval 50")) == 0
     shown = capsys.readouterr().out
     assert "40.0 kB + 40.0 kB" in shown and "40.0 kB + 120 kB" in shown
-    assert communication.main(shlex.split("--parameters 1000000 --peers 2 --workers 8 --interval 50 --json")) == 0
+    assert bytes_per_update.main(shlex.split("--parameters 1000000 --peers 2 --workers 8 --interval 50 --json")) == 0
     (one,) = json.loads(capsys.readouterr().out)
     assert one["bytes_per_update"]["published_per_peer"] == 40_000 and one["wire"] == "bf16"
 
@@ -186,7 +180,7 @@ def test_tables(capsys):
 @counts_once
 def test_the_readmes_tables_are_what_the_command_prints(capsys):
     """Word for word, apart from how ResNet-50 was counted."""
-    assert communication.main(["--markdown"]) == 0
+    assert bytes_per_update.main(["--markdown"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 2 * (2 + 8)
     for row in rows:
@@ -249,7 +243,7 @@ def line(second: int, text: str, whole: str = "") -> str:
 
 
 def test_a_runs_bytes_are_those_of_the_formula(tmp_path, capsys):
-    assert communication.main(["--run", str(write_run(tmp_path))]) == 0
+    assert bytes_per_update.main(["--run", str(write_run(tmp_path))]) == 0
     shown = capsys.readouterr().out
     assert len(re.findall(r"published +10,000 +10,000 +1\.000", shown)) == 2
     assert len(re.findall(r"read +6,000 … 8,000 +8,000 +1\.000", shown)) == 2, "four are readable, the last may be too late"
@@ -268,22 +262,22 @@ def test_a_runs_bytes_are_those_of_the_formula(tmp_path, capsys):
     ],
 )
 def test_a_run_that_differs_is_status_1(totals, good, tmp_path, capsys):
-    assert communication.main(["--run", str(write_run(tmp_path, totals=totals))]) == (0 if good else 1)
+    assert bytes_per_update.main(["--run", str(write_run(tmp_path, totals=totals))]) == (0 if good else 1)
     assert ("differs" in capsys.readouterr().out) is not good
 
 
-def test_publications_of_a_life_that_began_and_ended_between_exchanges():
-    life = run_log.Life({"codistill_interval": "50"}, first=120, totals={"updates": 100, "skipped": 0, "failed": 0})
-    assert communication_run.publications(life) == 2, "150 and 200; it was stopped at 220"
-    life.completed = True
-    assert communication_run.publications(life) == 3
+def test_publications_of_an_attempt_that_began_and_ended_between_exchanges():
+    attempt = run_log.Attempt({"codistill_interval": "50"}, first=120, totals={"updates": 100, "skipped": 0, "failed": 0})
+    assert logged.publications(attempt) == 2, "150 and 200; it was stopped at 220"
+    attempt.completed = True
+    assert logged.publications(attempt) == 3
 
 
 def test_a_run_without_totals_is_refused_in_one_sentence(tmp_path, capsys):
     folder = write_run(tmp_path)
     log = folder / "peer1/train.log"
     log.write_text(log.read_text().replace("exchange totals", "nothing"))
-    assert communication.main(["--run", str(folder)]) == 2
+    assert bytes_per_update.main(["--run", str(folder)]) == 2
     assert "must have a line 'codistillation: exchange totals'" in capsys.readouterr().err
 
 
@@ -291,9 +285,9 @@ def test_a_run_without_totals_is_refused_in_one_sentence(tmp_path, capsys):
 def test_committed_runs_are_as_predicted(run, capsys):
     """Real ones: two peers in bf16, and three in a ring in int8, 1,000 updates each."""
     folder = str(BENCHMARKS / "results/communication" / run)
-    assert communication.main(["--run", folder]) == 0
+    assert bytes_per_update.main(["--run", folder]) == 0
     assert simulate.main(["--validate", folder]) == 0
-    for one in simulation_validate.comparisons(run_log.load(folder)):
+    for one in validate.comparisons(run_log.load(folder)):
         if one.what == "staleness":
             assert one.low - 1 <= one.measured <= one.high + 1, "what the README says"
 
@@ -474,7 +468,7 @@ def test_validate(tmp_path, capsys):
     from -1 to 8; peer 0 takes its at 13 or so, ages from 3 to 12. The first window of each is its end only."""
     folder = write_run(tmp_path, late=2, staleness=[7.5, 3.5])
     assert simulate.main(["--validate", str(folder)]) == 0
-    results = simulation_validate.comparisons(run_log.load(str(folder)))
+    results = validate.comparisons(run_log.load(str(folder)))
     predicted = {(one.peer, one.what): (one.low, one.high) for one in results}
     assert predicted[0, "staleness"] == pytest.approx((7.5, 7.5), abs=1)
     assert predicted[1, "staleness"] == pytest.approx((3.5, 3.5), abs=1)
@@ -504,13 +498,13 @@ COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.splitlines()
 SMALL = {"--sweep": ["--most-peers", "2", "--quick"]}
 
 
-@pytest.mark.parametrize("words", [w for w in COMMANDS if w[1].removeprefix("benchmarks/") in MAIN], ids=" ".join)
+@pytest.mark.parametrize("words", [w for w in COMMANDS if w[1] == "-m" and w[2] in MAIN], ids=" ".join)
 def test_the_readmes_commands(words, tmp_path, monkeypatch, capsys):
     folder = write_run(tmp_path / "RUN_DIR", late=2, staleness=[7.5, 3.5])
     monkeypatch.chdir(tmp_path)
     small = [word for option, more in SMALL.items() if option in words for word in more]
-    assert words[0] == "python" and (ROOT / words[1]).is_file() and folder.name == "RUN_DIR"
-    assert MAIN[Path(words[1]).name](words[2:] + small) == 0
+    assert words[0] == "python" and folder.name == "RUN_DIR"
+    assert MAIN[words[2]](words[3:] + small) == 0
     if "--sweep" in words:
         (results,) = tmp_path.glob("**/sweep.json")
         rows = json.loads(results.read_text())

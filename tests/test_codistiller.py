@@ -1,22 +1,22 @@
 """Who teaches when: a codistiller alone, with peers in memory, in threads, and with the ranks of a group."""
 
 import dataclasses
-import multiprocessing
 import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from fairseq_runs import free_port
-from test_courier import Arrivals, Gate
+from fairseq_runs import fork_server, free_port
+from test_background import Arrivals, Gate
 from torch import nn
 
+from fairseq_codistill.core import barrier, group
 from fairseq_codistill.core import codistiller as codistiller_module
-from fairseq_codistill.core import group, meeting
-from fairseq_codistill.core.codistiller import AlphaSchedule, Codistiller
+from fairseq_codistill.core.codistiller import Codistiller
+from fairseq_codistill.core.schedules import AlphaSchedule
 from fairseq_codistill.core.topology import edges_of
-from fairseq_codistill.exchange import courier as courier_module
+from fairseq_codistill.exchange import background as background_module
 from fairseq_codistill.exchange.exchange import KEEP_FOR_LEARNERS, Exchange, Run
 from fairseq_codistill.exchange.snapshot import fingerprint, tensors_of
 from fairseq_codistill.exchange.stores import MemoryStore, open_store
@@ -68,9 +68,9 @@ def test_the_heartbeat_tells_at_once_from_whom_a_resumed_peer_learns():
     me, other = codistiller(store, 0), codistiller(store, 1)
     train(other, 5)
     me.teaching(6)  # resumed between two exchanges
-    me._courier._give_sign()
-    presence = me.exchange.presence(0)
-    assert (presence.update, presence.teachers) == (6, {"1": 4})
+    me._background._send_heartbeat()
+    heartbeat = me.exchange.heartbeat(0)
+    assert (heartbeat.update, heartbeat.teachers) == (6, {"1": 4})
 
 
 def test_a_snapshot_of_update_zero_does_not_teach():
@@ -184,7 +184,7 @@ def test_what_weights_travel_as(dtype, wire, travels):
     train(other, 5)
     assert other.exchange.newest(1).dtype == travels
     teaching = codistiller(store, 0).teaching(0)
-    assert biases(teaching) == [1.5] and teaching.peers[0].bias.dtype == torch.float32, "the peer is as my model is"
+    assert biases(teaching) == [1.5] and teaching.peers[0].bias.dtype == torch.float32, "the copy has the model's precision"
 
 
 def test_holding_a_peer_draws_no_random_numbers_and_leaves_my_model_alone():
@@ -380,7 +380,7 @@ def test_lockstep_waits_for_a_dead_peer_once_until_it_shows_life():
     me, dead = codistiller(store, 0, lockstep=True, wait=0.01), codistiller(store, 1)
     dead.teaching(0)
     me.teaching(0)
-    me._meeting._sleep = waits.append
+    me._barrier._sleep = waits.append
 
     def has_waited(update):
         del waits[:]
@@ -388,7 +388,7 @@ def test_lockstep_waits_for_a_dead_peer_once_until_it_shows_life():
         return len(waits) > 0
 
     assert [has_waited(update) for update in (4, 8, 12)] == [True, False, False]
-    dead._courier._give_sign()  # it is back, though far behind
+    dead._background._send_heartbeat()  # it is back, though far behind
     assert [has_waited(update) for update in (16, 20)] == [True, False]
     train(dead, 5, start=4)  # it publishes
     assert [has_waited(update) for update in (24, 28)] == [True, False]
@@ -399,7 +399,7 @@ def test_lockstep_waits_for_a_dead_peer_once_until_it_shows_life():
 
 @pytest.mark.parametrize("what", ["peer1", "peer1/u000000004.s", "peer1/u000000008.s"])
 def test_a_storage_that_hangs_is_waited_for_once_in_lockstep(monkeypatch, what):
-    monkeypatch.setattr(courier_module, "_MOMENT", 0.01)
+    monkeypatch.setattr(background_module, "_MOMENT", 0.01)
     store, waits = Gate(), []
     me, other = codistiller(store, 0, lockstep=True, wait=0.1), codistiller(store, 1)
     me.teaching(0)
@@ -408,7 +408,7 @@ def test_a_storage_that_hangs_is_waited_for_once_in_lockstep(monkeypatch, what):
     for update in (4, 8, 12):
         other.exchange.publish(tensors_of(Model(update)), update, needed_from=0, **facts)
     store.reading = what
-    me._meeting._sleep = lambda seconds: (waits.append(seconds), time.sleep(seconds))
+    me._barrier._sleep = lambda seconds: (waits.append(seconds), time.sleep(seconds))
     waited = []
     for update in range(1, 13):
         me.teaching(update)
@@ -527,12 +527,12 @@ def _rank_with_a_late_read(rank, port, path, results):
         teaching = one.teaching(update)
         held.append((biases(teaching), teaching.staleness) if teaching else None)
         if rank == 0 and update == 0:
-            one._courier._ready = Arrivals()
+            one._background._ready = Arrivals()
             _publish_as_peer_1(store, 4, 3.0)
             assert store.reached.wait(60)
         if rank == 0 and update == 5:
             store.open.set()
-            assert one._courier._ready.news.acquire(timeout=60)
+            assert one._background._ready.news.acquire(timeout=60)
         dist.barrier()
     one.end(completed=True)
     results.put((rank, held))
@@ -542,7 +542,7 @@ def _rank_with_a_late_read(rank, port, path, results):
 def _wait_of_ranks(rank, port, path, results):
     """Rank 0 waits for a peer that never comes, in more slices than one; the others wait with it, and all go on."""
     torch.set_num_threads(1)
-    meeting._SLICE = 0.1
+    barrier._SLICE = 0.1
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     one = codistiller(open_store(path), 0, model=Model(), wait=0.35)
     shared, share = [], group.share
@@ -553,7 +553,7 @@ def _wait_of_ranks(rank, port, path, results):
 
 
 def _rank_with_failures(rank, port, path, results):
-    """What fails on one rank alone: memory for the peer's model (rank 1), loading (rank 0), copying my weights (rank 0)."""
+    """What fails on one rank alone: memory for the peer's model (rank 1), loading (rank 0), copying the weights (rank 0)."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     one, held = codistiller(open_store(path), 0, model=Model()), []
@@ -567,8 +567,8 @@ def _rank_with_failures(rank, port, path, results):
             if (rank, update) in fails:
                 patch.setattr(codistiller_module, fails[rank, update], fail)
             if rank == 0 and update == 12:
-                patch.setattr(one._courier._buffer, "fill", fail)
-                patch.setattr(one._courier, "at", fail)
+                patch.setattr(one._background._buffer, "fill", fail)
+                patch.setattr(one._background, "at", fail)
             teaching = one.teaching(update)
         held.append(biases(teaching)[0] if teaching else None)
         if update in (3, 7, 11, 15) and rank == 0:
@@ -600,7 +600,7 @@ def _rank_that_may_not_begin(rank, port, path, results):
 
 def of_ranks(target, path):
     """What `target` gives on each of two ranks."""
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     results, port = context.Queue(), free_port()
     ranks = [context.Process(target=target, args=(rank, port, str(path), results)) for rank in range(2)]
     [rank.start() for rank in ranks]

@@ -50,6 +50,7 @@ BAD = [
     (dict(alpha_max=-1.0), "codistill_alpha_max must be a number, not negative (inf: no limit), but is -1.0 instead."),
     (dict(alpha_max=math.nan), "codistill_alpha_max must be"),
     (dict(temperature=0.0), "codistill_temperature must be a finite number greater than 0, but is 0.0 instead."),
+    (dict(alpha_warmup_epochs=-1), "codistill_alpha_warmup_epochs must be a number of epochs, not negative, but is -1"),
     (dict(burn_in=-1), "codistill_burn_in must be a number of updates, not negative, but is -1 instead."),
     (dict(gate="hard", loss="uniform"), "codistill_gate must be none with --codistill-loss uniform, which has no peer to"),
     (dict(alpha_warmup=-1), "codistill_alpha_warmup must be a number of updates, not negative, but is -1 instead."),
@@ -143,9 +144,24 @@ def test_defaults_that_depend_on_other_options(options, alpha, limit, interval):
     assert cfg.codistill_alpha_max == (limit if limit is None else pytest.approx(limit))
 
 
-@pytest.mark.parametrize("options, burn_in", [(dict(), 400), (dict(until=50), 10), (dict(until=50, burn_in=0), 0)])
-def test_the_burn_in_ends_before_the_teaching_does(options, burn_in):
-    assert fill_defaults(config(peers=2, dir="x", max_update=2000, **options)).codistill_burn_in == burn_in
+@pytest.mark.parametrize(
+    "options, epochs",
+    [
+        (dict(), 4),
+        (dict(loss="mse"), 4),
+        (dict(alpha=1.0), 4),
+        (dict(alpha_warmup_epochs=0), 0),
+        (dict(alpha_warmup_epochs=2, alpha_schedule="constant"), 2),
+        (dict(alpha_schedule="constant"), 0),
+        (dict(alpha_schedule="stepwise", milestones="5"), 0),
+        (dict(teacher="a.pt"), 0),
+        (dict(loss="uniform"), 0),
+    ],
+)
+def test_alpha_grows_in_where_peers_teach(options, epochs):
+    cfg = read_environment(config(**options))
+    check(cfg)
+    assert fill_defaults(cfg).codistill_alpha_warmup_epochs == epochs
 
 
 def test_when_anybody_teaches():

@@ -13,8 +13,8 @@ from fairseq_runs import CODISTILL, Job, checkpoint, preprocess, taught, train, 
 from test_config import config
 from torch import nn
 
-from fairseq_codistill import hook
-from fairseq_codistill.core.codistiller import Teaching
+from fairseq_codistill import data_order, hook
+from fairseq_codistill.core.teaching import Teaching
 from fairseq_codistill.criterion import CodistillCriterion
 
 
@@ -254,7 +254,7 @@ def test_data_in_the_same_order_or_in_disjoint_parts():
     for peer in range(2):
         task, train_set, valid_set = Task(), Data(), Data()
         task.datasets = {"train": train_set, "valid": valid_set}
-        hook.order_data(task, "disjoint", peer, 2, "train")
+        data_order.order_data(task, "disjoint", peer, 2, "train")
         for _ in range(2):  # an epoch's iterator is made again: the part stays the same
             seed, part = task.get_batch_iterator(dataset=train_set, seed=7)
         parts.append(part)
@@ -262,7 +262,7 @@ def test_data_in_the_same_order_or_in_disjoint_parts():
     assert parts == [[4, 2, 0], [5, 3, 1]]
     task = Task()
     task.datasets = {"train": train_set}
-    hook.order_data(task, "same", 0, 2, "train")
+    data_order.order_data(task, "same", 0, 2, "train")
     assert task.get_batch_iterator(dataset=train_set, seed=7)[0] == 1
 
 
@@ -271,7 +271,7 @@ def test_weight_decay_by_epochs():
         param_groups = [{"weight_decay": 0.5}, {"weight_decay": 0.0}]
 
     task = Task()
-    hook.schedule_weight_decay(task, (1, 2), (1e-4, 1e-5, 0.0))
+    data_order.schedule_weight_decay(task, (1, 2), (1e-4, 1e-5, 0.0))
     seen = []
     for epoch in (1, 2, 3):
         task.begin_epoch(epoch, None)

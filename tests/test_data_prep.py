@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -519,7 +520,7 @@ def test_bad_loose_texts_are_refused(tmp_path, capsys):
         source = write(tmp_path / name, {name: data})
         status, errors = run(capsys, "tatoeba_de_en", tmp_path / "out", "--source", source)
         assert status == 2 and len(errors) == 1 and all(word in errors[0] for word in words), errors
-        prepare.shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
     write(tmp_path / "twice", {"deu.txt": text, "deu.txt.gz": gzip.compress(text)})
     status, errors = run(capsys, "tatoeba_de_en", tmp_path / "out", "--source", tmp_path / "twice")
     assert status == 2 and "must hold deu.txt once" in errors[0]
@@ -736,8 +737,8 @@ KILL_POINTS = {
     "inside subwords": ("subwords.learn_codes", 1),
     "after subwords": ("pipeline.make_pieces", 1),
     "inside bin": ("pipeline.parallel_text.sha256_of", 1),
-    "before the end": ("prepare.sync_files", 1),
-    "after the end": ("prepare.shutil.rmtree", 2),
+    "before the end": ("making.sync_files", 1),
+    "after the end": ("making.shutil.rmtree", 2),
 }
 
 
@@ -799,6 +800,7 @@ def test_workers_end_with_a_killed_run(tmp_path):
     process.stdout.read()
 
 
+@pytest.mark.usefixtures("warm_scripts")
 @pytest.mark.parametrize("pieces, vocab", [("bpe", MERGES), ("sentencepiece", 120)])
 def test_from_download_to_training(pieces, vocab, published, tmp_path, capsys):
     options = ["--pieces", pieces, "--vocab", vocab, "--archives", tmp_path / "archives"]
@@ -825,7 +827,7 @@ def test_from_download_to_training(pieces, vocab, published, tmp_path, capsys):
     assert len(published.asked) == asked, "a second run asks nobody"
     assert run(capsys, IWSLT, out, *options, "--train-pairs", 9)[0] == 2, "other settings are refused"
 
-    train = [sys.executable, "-m", "fairseq_cli.train", str(out / "bin"), "--arch", "transformer_iwslt_de_en", "--cpu"]
+    train = ["fairseq-train", str(out / "bin"), "--arch", "transformer_iwslt_de_en", "--cpu"]
     train += "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16".split()
     train += "--encoder-ffn-embed-dim 16 --decoder-ffn-embed-dim 16 --share-all-embeddings --optimizer adam --lr 0.001".split()
     train += f"--max-tokens 200 --max-update 5 --save-dir {tmp_path / 'ckpt'} --no-progress-bar --no-save".split()

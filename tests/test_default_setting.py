@@ -1,19 +1,16 @@
-"""benchmarks/default_setting.py: the default setting beside training alone, from logs whose answer is known by hand."""
+"""benchmarks/default_setting: the default setting beside training alone, from logs whose answer is known by hand."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Dict, Sequence
 
 import pytest
 from fairseq_runs import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import default_setting  # noqa: E402
+from benchmarks.default_setting import compare as default_setting
 
 
 def write_run(folder: Path, peers: Sequence[Dict[int, float]]) -> None:
@@ -52,7 +49,7 @@ def test_what_cannot_be_compared_is_told(tmp_path, capsys):
 
 def test_the_readmes_table_is_that_of_the_committed_logs(monkeypatch, capsys):
     readme = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
-    command = re.search(r"python benchmarks/default_setting\.py (.*)", readme)[1]
+    command = re.search(r"python -m benchmarks\.default_setting\.compare (.*)", readme)[1]
     monkeypatch.chdir(ROOT)
     assert default_setting.main(command.split()) == 0
     shown = capsys.readouterr().out.split("\n\n")[0]

@@ -1,4 +1,4 @@
-"""The whole demo on a tiny scale: real commands from corpus to table, interrupted on the way and run again."""
+"""The whole demo on a tiny scale: from corpus to table, interrupted on the way and run again."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "demo" / "run.sh"
 SMALL = {"UPDATES": "12", "VALIDATE": "6", "INTERVAL": "3", "TRAIN_PAIRS": "200", "TEST_PAIRS": "10", "PIECES": "400"}
+SMALL |= {"LAYERS": "1", "WIDTH": "32", "FFN": "32", "TOKENS": "300", "BEAM": "2"}
 
 
 def start_demo(folder: Path, **variables: str) -> subprocess.Popen:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    """COMMANDS: where it finds fairseq's commands before all others."""
+    path = os.pathsep.join([variables.pop("COMMANDS", ""), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, **SMALL, "DEMO_DIR": str(folder), "PATH": path, **variables}
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(["bash", str(SCRIPT)], env=environment, text=True, **streams)
@@ -35,10 +37,10 @@ def processes_of(folder: Path) -> list[str]:
     return [line for line in listing.splitlines() if str(folder) in line and not line.startswith("Z")]
 
 
-@pytest.mark.timeout(900)  # a dozen processes, each importing fairseq: a minute on two idle cores
-def test_demo_interrupted_and_run_again(tmp_path):
+@pytest.mark.timeout(900)  # a dozen processes: on a busy machine minutes
+def test_demo_interrupted_and_run_again(warm, tmp_path):
     folder = tmp_path / "demo"
-    first = start_demo(folder)
+    first = start_demo(folder, COMMANDS=str(warm))
     for line in first.stdout:
         if "training | update" in line:
             first.send_signal(signal.SIGTERM)
@@ -48,7 +50,7 @@ def test_demo_interrupted_and_run_again(tmp_path):
     assert processes_of(folder) == []
     assert not (folder / "report").exists()
 
-    second = start_demo(folder)
+    second = start_demo(folder, COMMANDS=str(warm))
     output = finish(second)
     assert second.returncode == 0, output
     results = json.loads((folder / "report" / "results.json").read_text())
@@ -66,7 +68,7 @@ def test_demo_interrupted_and_run_again(tmp_path):
     assert (folder / "report" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "one peer alone" in output and "codistillation (ce)" in output and results
 
-    third = start_demo(folder)
+    third = start_demo(folder, COMMANDS=str(warm))
     again = finish(third)
     assert third.returncode == 0, again
     assert again.count("was finished, nothing done") == 4 or again.count("training | update") == 0

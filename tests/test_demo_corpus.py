@@ -17,9 +17,8 @@ import pytest
 DATA_PREP = Path(__file__).parents[1] / "data_prep"
 sys.path.insert(0, str(DATA_PREP))
 
-import grammar_clauses as clauses  # noqa: E402
 import grammar_corpus as corpus  # noqa: E402
-import grammar_words as words  # noqa: E402
+from grammar import clauses, words  # noqa: E402
 
 SIZES = {"train": 300, "valid": 50, "test": 50}
 # Made on Python 3.9 and on 3.11. It changes with every word of the lexicon and every choice of the grammar; change it
@@ -266,7 +265,7 @@ def pairs_of(text: str) -> set[tuple[str, str]]:
 def noun_readings() -> dict[str, set[tuple[str, str]]]:
     """(case, gender) pairs of every noun form, straight from the text of the lexicon."""
     found: dict[str, set[tuple[str, str]]] = {}
-    text = (DATA_PREP / "grammar_lexicon.txt").read_text("utf-8")
+    text = (DATA_PREP / "grammar" / "lexicon.txt").read_text("utf-8")
     for section in re.findall(r"^\[noun [^\]]*\]\n((?:.+\n)+)", text, re.M):
         for entry in re.findall(r"(?:=|;) *(\S+) ([mfn]) (\S+)( w)?", section):
             singular, gender, plural, weak = entry
@@ -289,7 +288,7 @@ def adjective_agrees(adjective: str, case: str, gender: str, article_shows_case:
 
 
 def adjective_stems() -> tuple[str, ...]:
-    text = (DATA_PREP / "grammar_lexicon.txt").read_text("utf-8")
+    text = (DATA_PREP / "grammar" / "lexicon.txt").read_text("utf-8")
     section = re.search(r"^\[adjective\]\n((?:.+\n)+)", text, re.M)[1]
     found = {word for line in section.splitlines() for word in re.findall(r"(?:=|;) *(\w+)", line)}
     return (*(word.rstrip("e") for word in found), "teur", "saur", "dunkl", "edl", "hoh")

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from s3_server import s3_server
 from test_training import HYDRA
 
-from fairseq_codistill import ending, hook
+from fairseq_codistill import data_order, ending, facts, hook
 from fairseq_codistill.exchange.exchange import Exchange
 from fairseq_codistill.exchange.stores import MemoryStore, open_store
 
@@ -101,7 +101,7 @@ def test_the_last_weights_and_ended_are_published(ways, way):
     for peer in (0, 1) if way == "launcher-and-hydra" else (0,):
         exchange = Exchange(store, 5)
         newest = exchange.newest(peer)
-        assert (newest.update, newest.done) == (6, True) and exchange.presence(peer).state == "ended", log[-3000:]
+        assert (newest.update, newest.done) == (6, True) and exchange.heartbeat(peer).state == "ended", log[-3000:]
         assert exchange.fetch(peer, newest, newest.fingerprint, _any_of(store, peer, newest))
 
 
@@ -110,7 +110,7 @@ def test_a_training_whose_checkpoint_cannot_be_saved_is_not_completed(ways, way)
     status, log, store = ways[way]
     assert status == 1 and "done training" not in log, log[-3000:]
     exchange = Exchange(store, 5)
-    assert not exchange.newest(0).done and exchange.presence(0).state == "stopped"
+    assert not exchange.newest(0).done and exchange.heartbeat(0).state == "stopped"
     Exchange(store, 0).begin(0, exchange.newest(0).fingerprint)  # and may be started again from scratch
 
 
@@ -253,7 +253,7 @@ def attached(task, told=None):
 def test_arguments_by_position_by_name_and_more(exits):
     """fairseq's trainer passes names, its second run after a NaN positions; `ema_model` comes with --store-ema."""
     task, model = Task(), SimpleNamespace()
-    hook.schedule_weight_decay(task, [1.0], [1e-4, 0.0])
+    data_order.schedule_weight_decay(task, [1.0], [1e-4, 0.0])
     told, optimizer = attached(task), SimpleNamespace(param_groups=[{"weight_decay": 7.0}])
     task.begin_epoch(1, model)
     task.begin_epoch(model=model, epoch=2)
@@ -299,9 +299,9 @@ def test_a_validation_loss_that_is_not_finite_is_not_published(exits, loss, show
 
 def test_what_cannot_be_read_of_a_models_settings_is_left_out():
     cfg = OmegaConf.create({"missing": "???", "layers": 2, "rate": math.inf, "long": "x" * 10**6, "list": [1]})
-    assert hook.model_facts(SimpleNamespace(cfg=cfg)) == {"class": "SimpleNamespace", "layers": 2}
-    assert hook.model_facts(SimpleNamespace(args=SimpleNamespace(a=1, b=None))) == {"class": "SimpleNamespace", "a": 1}
-    assert hook.model_facts(SimpleNamespace(cfg=3)) == {"class": "SimpleNamespace"}
+    assert facts.model_facts(SimpleNamespace(cfg=cfg)) == {"class": "SimpleNamespace", "layers": 2}
+    assert facts.model_facts(SimpleNamespace(args=SimpleNamespace(a=1, b=None))) == {"class": "SimpleNamespace", "a": 1}
+    assert facts.model_facts(SimpleNamespace(cfg=3)) == {"class": "SimpleNamespace"}
 
 
 # The order of data, and weight decay.
@@ -333,8 +333,8 @@ class Batches(Task):
 def test_a_part_of_the_data_can_be_sent_to_a_data_worker(dataset):
     task = Batches()
     task.datasets["train"] = dataset
-    hook.order_data(task, "disjoint", 1, 2, "train")
-    hook.schedule_weight_decay(task, (1,), (0.0, 1e-4))
+    data_order.order_data(task, "disjoint", 1, 2, "train")
+    data_order.schedule_weight_decay(task, (1,), (0.0, 1e-4))
     assert task.get_batch_iterator(dataset)[1] == [1, 3, 5]
     there = pickle.loads(pickle.dumps(dataset))
     assert list(there.ordered_indices()) == [1, 3, 5]
@@ -345,7 +345,7 @@ def test_a_part_of_the_data_can_be_sent_to_a_data_worker(dataset):
 def test_the_same_order_keeps_what_fairseq_adds_to_the_seed():
     task, other = Batches(), Data()
     task.datasets["train"] = dataset = Data()
-    hook.order_data(task, "same", 1, 2, "train", seed=70)
+    data_order.order_data(task, "same", 1, 2, "train", seed=70)
     assert task.get_batch_iterator(dataset, seed=70)[0] == 1
     assert task.get_batch_iterator(dataset, seed=72)[0] == 3, "--update-ordered-indices-seed adds the epoch"
     assert task.get_batch_iterator(dataset, 9, 9, 9, False, 1, 72)[0] == 3, "by position"
@@ -356,7 +356,7 @@ def test_weight_decay_comes_back_from_zero_also_after_a_resume():
     decays, groups = [], [{"weight_decay": 0.5}, {"weight_decay": 0.0}]
     for epochs in ((1, 2), (3,)):  # two lives; the groups travel in the checkpoint
         task, groups = Task(), copy.deepcopy(groups)
-        hook.schedule_weight_decay(task, (1, 2), (1e-4, 0.0, 1e-5))
+        data_order.schedule_weight_decay(task, (1, 2), (1e-4, 0.0, 1e-5))
         for epoch in epochs:
             task.begin_epoch(epoch, None)
             task.train_step({}, None, None, SimpleNamespace(param_groups=groups), 0)
@@ -366,7 +366,7 @@ def test_weight_decay_comes_back_from_zero_also_after_a_resume():
 
 def test_groups_that_began_without_weight_decay_are_spoken_of_once(caplog):
     task = Task()
-    hook.schedule_weight_decay(task, (1,), (1e-4, 0.0))
+    data_order.schedule_weight_decay(task, (1,), (1e-4, 0.0))
     for update in range(2):
         task.train_step({}, None, None, SimpleNamespace(param_groups=[{"weight_decay": 0}, {"weight_decay": 0}]), update)
     assert caplog.text.count("--codistill-weight-decays changes nothing") == 1

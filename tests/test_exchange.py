@@ -1,7 +1,6 @@
 """One contract for every store, and format 1 on top of it, with real files, real processes and real failures."""
 
 import errno
-import multiprocessing
 import os
 import stat
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairseq_runs import fork_server
 from torch import nn
 
 from fairseq_codistill.exchange.exchange import KEEP, Exchange, Run
@@ -242,8 +242,8 @@ def test_two_live_peers_with_one_index_in_two_processes(tmp_path):
     holder = _python(
         tmp_path,
         """
-        from fairseq_codistill.exchange import Exchange, Run
-        from fairseq_codistill.stores import open_store
+        from fairseq_codistill.exchange.exchange import Exchange, Run
+        from fairseq_codistill.exchange.stores import open_store
         exchange = Exchange(open_store("x"), 0)
         exchange.join(Run(2, None, None))
         print("joined", flush=True)
@@ -411,7 +411,7 @@ def _publisher(path, ready):
 
 def test_killed_while_publishing(tmp_path):
     """SIGKILL at a random moment, again and again: what a reader believes is whole, and nothing piles up."""
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     path, expected = str(tmp_path / "x"), nn.Linear(200, 200)
     reader, believed = Exchange(open_store(path), 1), 0
     for i in range(10):

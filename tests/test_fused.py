@@ -13,18 +13,17 @@ import torch.nn.functional as F
 from fairseq.distributed import ModuleProxyWrapper
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.utils import move_to_cuda
-from fairseq_runs import _FORK as FORK
-from fairseq_runs import CODISTILL, LOCKSTEP, Job, free_port, peer_environment, preprocess, taught, train_words
+from fairseq_runs import CODISTILL, LOCKSTEP, Job, fork_server, free_port, peer_environment, preprocess, taught, train_words
 from test_criterion import Setting
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_codistill import hook
-from fairseq_codistill.core.codistiller import Teaching
 from fairseq_codistill.core.fused import Objective, Peer, fused
 from fairseq_codistill.core.losses import AGGREGATES, DISTANCES
 from fairseq_codistill.core.output_layer import output_layer, replaced
 from fairseq_codistill.core.replica import replica
+from fairseq_codistill.core.teaching import Teaching
 
 N, C, V = 7, 5, 11
 
@@ -38,7 +37,7 @@ def tensors(seed, dtype=torch.float64, bias=True):
 
 
 def teachers(count, dtype=torch.float64):
-    """Peers of other widths than mine, and their logits."""
+    """Peers of other widths than the model's, and their logits."""
     peers, logits = [], []
     for seed in range(1, count + 1):
         draw = torch.Generator().manual_seed(100 + seed)
@@ -218,19 +217,26 @@ def setting(data):
     return Setting(data, CODISTILL)
 
 
+def layers_of(setting):
+    """What the loss would be fused with, for one peer; None for the whole path."""
+    probe, teaching = setting.criterion()._probe, Teaching(1.0, [setting.peer])
+    probe.try_out(setting.model, setting.sample, teaching)
+    return probe.output_layers(setting.model, teaching)
+
+
 def both_paths(setting, criterion, sample):
     """(loss, log, gradients) by the fused and by the whole path."""
     results = []
     for layers in (None, {setting.model: None}):
         if layers is not None:
-            criterion._layers.update(layers)
+            criterion._probe.layers.update(layers)
         setting.model.zero_grad()
         loss, _, log = criterion(setting.model, sample)
         loss.backward()
         results.append(
             (loss.detach(), log, {n: p.grad.clone() for n, p in setting.model.named_parameters() if p.grad is not None})
         )
-    assert criterion._layers[setting.model] is None
+    assert criterion._probe.layers[setting.model] is None
     return results
 
 
@@ -275,7 +281,7 @@ def test_both_paths_are_one_in(raw, data, tmp_path, name):
     criterion = other.criterion(loss="ce")
     results = both_paths(other, criterion, other.teach())
     check_equal(results)
-    assert isinstance(other.criterion()._output_layers(other.model, other.sample, Teaching(1.0, [other.peer]))[0], nn.Linear)
+    assert isinstance(layers_of(other)[0], nn.Linear)
 
 
 def test_bf16_peers(setting):
@@ -302,7 +308,7 @@ def rank_gradients(rank, ranks, port, find_unused, data, pipe):
             with contextlib.nullcontext() if last else wrapped.no_sync():  # as fairseq does for --update-freq
                 criterion(wrapped, rank_sample(setting, rank, ranks, teaches, number))[0].backward()
         steps.append({name: p.grad.numpy().copy() for name, p in setting.model.named_parameters() if p.grad is not None})
-    assert criterion._layers[wrapped] is setting.model.decoder.output_projection
+    assert criterion._probe.layers[wrapped] is setting.model.decoder.output_projection
     pipe.send(steps)
     torch.distributed.destroy_process_group()
 
@@ -323,8 +329,9 @@ def test_torch_ddp_averages_the_gradients(data, setting, ranks, find_unused):
         pytest.skip("stock fairseq has parameters that it does not use")
     port, jobs = free_port(), []
     for rank in range(ranks):
-        reading, writing = FORK.Pipe(duplex=False)
-        jobs.append((FORK.Process(target=rank_gradients, args=(rank, ranks, port, find_unused, data, writing)), reading))
+        fork = fork_server()
+        reading, writing = fork.Pipe(duplex=False)
+        jobs.append((fork.Process(target=rank_gradients, args=(rank, ranks, port, find_unused, data, writing)), reading))
         jobs[-1][0].start()
         writing.close()
     averaged = [reading.recv() for _, reading in jobs]  # EOFError if a rank has died
@@ -334,7 +341,7 @@ def test_torch_ddp_averages_the_gradients(data, setting, ranks, find_unused):
         expected = []
         for rank in range(ranks):
             criterion = setting.criterion(loss="ce")
-            criterion._layers[setting.model] = None  # the general path
+            criterion._probe.layers[setting.model] = None  # the general path
             setting.model.zero_grad()
             for part in range(micro_batches):
                 criterion(setting.model, rank_sample(setting, rank, ranks, teaches, part))[0].backward()
@@ -393,7 +400,7 @@ def test_tied_lstm_and_adaptive_softmax_take_the_general_path(raw, tmp_path):
     for words in ("--arch lstm_lm --share-decoder-input-output-embed --decoder-embed-dim 16 --decoder-out-embed-dim 16",
                   "--arch transformer_lm --decoder-embed-dim 16 --adaptive-softmax-cutoff 10,20"):  # fmt: skip
         other = Setting(data, CODISTILL, model=f"{LM} {words}")
-        assert other.criterion()._output_layers(other.model, other.sample, Teaching(1.0, [other.peer])) is None
+        assert layers_of(other) is None
         loss, _, log = other.criterion()(other.model, other.teach())
         assert loss.isfinite() and log["codistill_loss"] > 0
 
@@ -429,7 +436,7 @@ def test_both_paths_are_one_under_autocast(setting, data, autocast, peer_dtype, 
     results = []
     for layers in ({}, {setting.model: None}):
         criterion = setting.criterion(loss="ce")
-        criterion._layers.update(layers)
+        criterion._probe.layers.update(layers)
         setting.model.zero_grad()
         with autocast():
             loss, _, log = criterion(setting.model, sample)
@@ -437,7 +444,7 @@ def test_both_paths_are_one_under_autocast(setting, data, autocast, peer_dtype, 
         dtypes.append({p.grad.dtype for p in setting.model.parameters() if p.grad is not None})
         gradients = {n: p.grad.clone() for n, p in setting.model.named_parameters() if p.grad is not None}
         results.append((float(loss.detach()), float(log["codistill_loss"]), gradients))
-        assert (criterion._layers[setting.model] is None) == bool(layers)
+        assert (criterion._probe.layers[setting.model] is None) == bool(layers)
     assert dtypes == [{torch.float32}] * 2
     (loss, distance, gradients), (slow_loss, slow_distance, slow_gradients) = results
     assert loss == pytest.approx(slow_loss, rel=5e-3) and distance == pytest.approx(slow_distance, rel=5e-3)
@@ -491,7 +498,7 @@ def test_fairseqs_step_under_amp(setting, autocast, monkeypatch):
     step = type(setting.task).train_step
     sample = {**setting.sample, hook.TEACHING: Teaching(1.0, [replica(setting.peer, torch.bfloat16)])}
     loss, _, log = step(setting.task, sample, model, criterion, AmpOptimizer(), 0)
-    assert criterion._layers[model] is model.decoder.output_projection and log["codistill_loss"] > 0
+    assert criterion._probe.layers[model] is model.decoder.output_projection and log["codistill_loss"] > 0
     plain, _, _ = criterion(setting.model, sample)
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-2) and loss != plain
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -507,7 +514,7 @@ def test_autocast_on_a_gpu(setting, dtype, peer_dtype):
     sample = move_to_cuda({**setting.sample})
     losses = []
     for layers in ({}, {model: None}):
-        criterion._layers = WeakKeyDictionary(layers)
+        criterion._probe.layers = WeakKeyDictionary(layers)
         model.zero_grad()
         with torch.autocast("cuda", dtype=dtype):
             loss, _, _ = criterion(model, {**sample, hook.TEACHING: Teaching(0.7, [peer], 2.0)})

@@ -1,4 +1,4 @@
-"""Damaged and forged files against the code that reads them; the long form is benchmarks/fuzz_snapshots.py.
+"""Damaged and forged files against the code that reads them; the long form is tests/stress/fuzz_snapshots.py.
 
 CODISTILL_FUZZ_EXAMPLES sets how many examples there are (default 300).
 """
@@ -17,9 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fairseq_codistill.exchange import snapshot
-from fairseq_codistill.exchange.manifest import BadSnapshot, Manifest, Presence, file_name
+from fairseq_codistill.exchange.manifest import BadSnapshot, Heartbeat, Manifest, file_name
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tests/stress"))
 import fuzz_damage  # noqa: E402
 import fuzz_judge  # noqa: E402
 import fuzz_snapshots  # noqa: E402
@@ -29,8 +29,8 @@ MANIFEST = Manifest(
     update=100, epoch=2, file=file_name(100), bytes=10, checksum="sha256:" + "ab" * 32, dtype="float32", fingerprint="cd" * 8,
     model={"class": "Model"}, time=1.7e9, valid_loss=4.25,
 )  # fmt: skip
-PRESENCE = Presence("one", 7, "training", "node17", 4711, 1.7e9, 103, 300, 4.5, {"0": 50})
-RECORDS = pytest.mark.parametrize("record", [MANIFEST, PRESENCE], ids=["manifest", "sign of life"])
+HEARTBEAT = Heartbeat("one", 7, "training", "node17", 4711, 1.7e9, 103, 300, 4.5, {"0": 50})
+RECORDS = pytest.mark.parametrize("record", [MANIFEST, HEARTBEAT], ids=["manifest", "heartbeat"])
 
 numbers = st.integers() | st.floats() | st.sampled_from([10**30, 10**4000, 2**62, -1, 1e308])
 values = st.recursive(
@@ -42,7 +42,7 @@ values = st.recursive(
 
 def test_damaged_and_forged_files_in_a_process_whose_memory_is_bounded():
     """Nothing that differs is believed, nothing crashes, hangs or takes memory; and the mutations reach every check."""
-    script = [sys.executable, str(ROOT / "benchmarks/fuzz_snapshots.py"), "--examples", str(EXAMPLES)]
+    script = [sys.executable, str(ROOT / "tests/stress/fuzz_snapshots.py"), "--examples", str(EXAMPLES)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(script, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-5000:]
@@ -51,9 +51,10 @@ def test_damaged_and_forged_files_in_a_process_whose_memory_is_bounded():
         row = re.search(rf"^{re.escape(kind)} +(\d+)", done.stdout, re.MULTILINE)
         assert row and int(row[1]) >= EXAMPLES // len(fuzz_snapshots.KINDS), kind
     for reason in (
-        "it is not a safetensors file", "its tensors are not my model's", "its checksum is not the one", "has more than",
-        "but its manifest promises", "values that are not finite", "has shape", "but my model's is",
-        "digest is not that of its fields", "the manifest's file must", "the manifest is not JSON", "the sign of life's",
+        "it is not a safetensors file", "its tensors are not those of this peer's model", "its checksum is not the one",
+        "has more than",
+        "but its manifest promises", "values that are not finite", "has shape", "but in this peer's model it is",
+        "digest is not that of its fields", "the manifest's file must", "the manifest is not JSON", "the heartbeat's",
     ):  # fmt: skip
         assert EXAMPLES < 300 or reason in done.stdout, f"no mutation was refused because {reason!r}"
 
@@ -81,7 +82,7 @@ def test_a_check_that_is_missing_is_found(monkeypatch, blind, kind):
 
 
 def test_the_benchmarks_digest_is_the_formats():
-    for record in (MANIFEST, PRESENCE):
+    for record in (MANIFEST, HEARTBEAT):
         fields = json.loads(record.to_json())
         assert json.loads(fuzz_damage.sealed(fields)) == fields and "digest" in fields
         assert type(record).from_json(fuzz_damage.sealed(fields)) == record

@@ -11,10 +11,10 @@ from test_criterion import Setting, _reduced
 from test_fused import both_paths, check_equal, teachers, tensors
 
 from fairseq_codistill import hook
-from fairseq_codistill.core.codistiller import Teaching
 from fairseq_codistill.core.fused import Objective, Peer, fused
 from fairseq_codistill.core.gate import Gate
 from fairseq_codistill.core.losses import AGGREGATES, DISTANCES
+from fairseq_codistill.core.teaching import Teaching
 from fairseq_codistill.criterion import CodistillCriterion
 
 KINDS = ("soft", "hard")

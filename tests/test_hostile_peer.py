@@ -12,9 +12,9 @@ from test_fused import V, reference, teachers, tensors
 
 from fairseq_codistill import hook
 from fairseq_codistill.core import guard
-from fairseq_codistill.core.codistiller import Teaching
 from fairseq_codistill.core.fused import Objective, Peer, fused
 from fairseq_codistill.core.losses import AGGREGATES, DISTANCES, pairwise, to_mean
+from fairseq_codistill.core.teaching import Teaching
 from fairseq_codistill.criterion import CodistillCriterion
 
 UNBOUNDED = ("mse", "centered_mse", "reverse_kl")
@@ -76,7 +76,7 @@ def test_of_a_peer_alone_nothing_is_left(distance, aggregate):
 @pytest.mark.parametrize("distance", [name for name in DISTANCES if DISTANCES[name].bounded])
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_a_peer_that_is_surer_than_any_trained_model_is_not_followed(distance, aggregate, temperature):
-    """Wherever its weights, which have exploded, name another class than mine; an honest one loses nothing."""
+    """Wherever its weights, which have exploded, name another class than the model's; an honest one loses nothing."""
     honest = [x.float() for x in teachers(1)[1]]
     wild = garbage(honest[0], 1e6)
     own = torch.nn.functional.linear(*(x.float() for x in tensors(0)[:3]))
@@ -178,7 +178,7 @@ def diverged(model, size):
 def step(setting, criterion, peers, fused_path, model=None):
     model = model or setting.model
     if not fused_path:
-        criterion._layers[model] = None
+        criterion._probe.layers[model] = None
     names = [f"peer {i + 1}" for i in range(len(peers))]
     model.zero_grad()
     loss, size, log = criterion(model, {**setting.sample, hook.TEACHING: Teaching(1.0, peers, 3.0, names)})

@@ -15,10 +15,11 @@ LAYERS = {
     "common.fairseq_log": set(),
     "common.output": set(),
     "common.paths": set(),
+    "common.version": set(),
     "exchange.manifest": set(),
     "exchange.run": {"exchange.manifest"},
-    "exchange.others": {"exchange.manifest"},
-    "exchange.membership": {"exchange.manifest", "exchange.others", "exchange.run", "exchange.stores"},
+    "exchange.liveness": {"exchange.manifest"},
+    "exchange.membership": {"exchange.manifest", "exchange.liveness", "exchange.run", "exchange.stores"},
     "exchange.structure": {"exchange.manifest"},
     "exchange.snapshot": {"exchange.manifest"},
     "exchange.lock_file": set(),
@@ -26,27 +27,31 @@ LAYERS = {
     "exchange.stores": {"exchange.directory_store", "exchange.lock_file", "exchange.manifest", "exchange.url_store"},
     "exchange.url_store": {"exchange.manifest"},
     "exchange.exchange": {
-        "exchange.manifest", "exchange.membership", "exchange.others", "exchange.run", "exchange.snapshot",
+        "exchange.manifest", "exchange.membership", "exchange.liveness", "exchange.run", "exchange.snapshot",
         "exchange.stores", "exchange.structure",
     },  # fmt: skip
-    "exchange.observer": {"exchange.manifest", "exchange.run", "exchange.stores"},
+    "exchange.status": {"exchange.manifest", "exchange.run", "exchange.stores"},
     "exchange.worker": set(),
-    "exchange.courier": {"exchange.exchange", "exchange.manifest", "exchange.observer", "exchange.snapshot", "exchange.worker"},
+    "exchange.background": {
+        "exchange.exchange", "exchange.manifest", "exchange.snapshot", "exchange.status", "exchange.worker",
+    },
     "core.guard": set(),
     "core.gate": set(),
     "core.rdrop": set(),
     "core.losses": {"core.gate", "core.guard"},
     "core.schedules": set(),
     "core.topology": set(),
+    "core.weight_decay": set(),
     "core.int8": set(),
     "core.replica": {"core.int8"},
     "core.fused": {"core.gate", "core.guard", "core.losses", "core.output_layer", "core.rdrop"},
     "core.output_layer": set(),
     "core.group": set(),
-    "core.meeting": {"core.group", "exchange.courier", "exchange.exchange", "exchange.manifest"},
+    "core.barrier": {"core.group", "exchange.background", "exchange.exchange", "exchange.manifest"},
+    "core.teaching": {"core.schedules"},
     "core.codistiller": {
-        "core.group", "core.int8", "core.meeting", "core.replica", "core.schedules",
-        "core.topology", "exchange.courier", "exchange.exchange", "exchange.manifest", "exchange.snapshot",
+        "core.barrier", "core.group", "core.int8", "core.replica", "core.schedules", "core.teaching",
+        "core.topology", "exchange.background", "exchange.exchange", "exchange.manifest", "exchange.snapshot",
         "exchange.structure", "exchange.worker",
     },  # fmt: skip
     "launch.hydra": set(),
@@ -65,50 +70,63 @@ LAYERS = {
         "launch.plan", "launch.view",
     },  # fmt: skip
     "launch.cost": {"core.topology", "launch.view"},
-    "launch.preview": {"exchange.observer", "exchange.stores", "launch.cost", "launch.plan", "launch.view"},
+    "launch.preview": {"exchange.status", "exchange.stores", "launch.cost", "launch.plan", "launch.view"},
     "launch.slurm": {"launch.checkpoint", "launch.command", "launch.outputs", "launch.plan"},
-    "launch.status": {"common.output", "exchange.manifest", "exchange.observer", "exchange.stores", "launch.view"},
+    "launch.status": {"common.output", "exchange.manifest", "exchange.status", "exchange.stores", "launch.view"},
+    "launch.export": {"checkpoints", "common.output", "common.paths", "launch.view"},
     "launch.main": {
-        "common.output", "common.paths", "launch.plan", "launch.preview", "launch.status",
+        "common.output", "common.paths", "common.version", "launch.export", "launch.plan", "launch.preview", "launch.status",
         "launch.supervisor", "launch.view",
     },  # fmt: skip
     "launch.__main__": {"launch.main"},
     "report.log": {"common.fairseq_log"},
+    "report.curves": {"report.log"},
     "report.summary": {"common.fairseq_log", "report.log"},
+    "report.advice": {"report.curves", "report.log", "report.summary"},
     "report.notes": {"common.fairseq_log", "report.log", "report.summary"},
-    "report.table": {"common.fairseq_log", "report.notes", "report.summary"},
-    "report.figure": {"common.fairseq_log", "report.log", "report.notes", "report.summary", "report.table"},
+    "report.significance": {"report.files", "report.summary"},
+    "report.table": {"common.fairseq_log", "report.notes", "report.significance", "report.summary"},
+    "report.figure": {
+        "common.fairseq_log", "report.curves", "report.log", "report.notes", "report.summary", "report.table",
+    },  # fmt: skip
     "report.files": {"common.paths", "report.log", "report.notes", "report.summary"},
     "report.main": {
-        "common.output", "common.paths", "report.figure", "report.files", "report.notes",
-        "report.summary", "report.table",
+        "common.output", "common.paths", "common.version", "report.advice", "report.figure", "report.files", "report.notes",
+        "report.significance", "report.summary", "report.table",
     },  # fmt: skip
     "report.__main__": {"report.main"},
     "image.transforms": {"compat"},
     "image.options": {"image.transforms"},
     "image.folder": {"common.paths", "compat", "image.transforms"},
     "image.models": {"compat"},
-    "image.lr_schedules": set(),
+    "image.lr_schedules": {"core.weight_decay"},
     "image.nesterov": set(),
     "image.task": {"compat", "image.folder", "image.lr_schedules", "image.options", "image.transforms"},
     "image.predict": {"common.paths", "compat", "image.folder", "image.models", "image.task"},
     "compat": set(),
+    "checkpoints": {"compat"},
     "wrapping": set(),
     "ending": set(),
-    "data_order": {"core.schedules", "wrapping"},
-    "hook": {"core.codistiller", "data_order", "ending", "exchange.exchange", "wrapping"},
+    "data_order": {"core.schedules", "core.weight_decay", "wrapping"},
+    "facts": set(),
+    "hook": {"core.codistiller", "core.teaching", "ending", "exchange.run", "facts", "wrapping"},
     "config": {"common.paths", "core.gate", "core.losses", "core.schedules", "core.topology"},
+    "build": {
+        "config", "core.codistiller", "core.losses", "core.schedules", "core.topology", "data_order", "exchange.exchange",
+        "exchange.run", "exchange.stores", "ema", "hook", "stalled", "teachers",
+    },  # fmt: skip
+    "metrics": set(),
+    "probe": {"core.output_layer", "core.teaching", "teachers"},
     "criterion": {
-        "config", "core.codistiller", "core.fused", "core.gate", "core.guard", "core.losses",
-        "core.output_layer", "core.rdrop", "core.topology", "exchange.exchange", "exchange.stores", "hook",
-        "ema", "stalled", "teachers",
+        "build", "config", "core.fused", "core.gate", "core.guard", "core.losses", "core.output_layer", "core.rdrop",
+        "core.teaching", "hook", "metrics", "probe",
     },  # fmt: skip
     "ema": {"core.codistiller", "wrapping"},
     "stalled": {"core.codistiller", "core.group", "core.schedules", "wrapping"},
     "teachers": {"core.output_layer"},
     "plugin": {"compat", "criterion", "image.lr_schedules", "image.models", "image.nesterov", "image.task"},
     "registration": set(),
-    "__init__": {"registration"},
+    "__init__": {"common.version", "registration"},
     "image_predict": {"image.predict"},
 }
 # Which libraries a room may know of, where that is a rule; the commands must start without fairseq and torch.
@@ -127,22 +145,25 @@ FOREIGN = {
     "core.rdrop": {"torch"},
     "core.replica": {"torch"},
     "core.schedules": set(),
+    "core.teaching": {"torch"},
     "core.topology": set(),
+    "core.weight_decay": set(),
     "data_order": set(),
     "ending": set(),
-    "exchange.courier": {"torch"},
+    "exchange.background": {"torch"},
     "exchange.directory_store": set(),
     "exchange.exchange": set(),
     "exchange.lock_file": set(),
     "exchange.manifest": set(),
     "exchange.membership": set(),
-    "exchange.others": set(),
+    "exchange.liveness": set(),
     "exchange.run": set(),
     "exchange.snapshot": {"safetensors", "torch"},
     "exchange.stores": set(),
     "exchange.structure": set(),
     "exchange.url_store": {"fsspec"},
     "exchange.worker": set(),
+    "facts": set(),
     "hook": set(),
     "registration": set(),
     "wrapping": set(),
@@ -157,9 +178,9 @@ FOLDERS = {
     "common": set(),
     "exchange": set(),
     "core": {"exchange"},
-    "launch": {"common", "core", "exchange"},
+    "launch": {"", "common", "core", "exchange"},  # of the plugin only checkpoints, see LAYERS, and only when it exports
     "report": {"common"},
-    "image": {"", "common"},  # of the plugin only compat, see LAYERS
+    "image": {"", "common", "core"},  # of the plugin only compat, see LAYERS
     "": {"common", "core", "exchange", "image"},
 }
 ROOMS = sorted(path for path in PLUGIN.rglob("*.py") if path.name != "__init__.py" or path.parent == PLUGIN)
@@ -210,6 +231,22 @@ def test_every_room_is_on_the_map_and_no_two_need_each_other():
         above = {name: below for name, below in above.items() if name not in lowest}
 
 
+def test_no_circles_among_the_benchmarks():
+    """And each folder can be imported from its own folder, `communication` and what all share."""
+    imports = {}
+    for path in (ROOT / "benchmarks").glob("*/*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        named = re.findall(r"^ *from (benchmarks[\w.]*) import (.+)", path.read_text(), re.MULTILINE)
+        imports[module] = {package for package, _ in named if package != "benchmarks"}
+        imports[module] |= {f"{package}.{name}" for package, names in named for name in re.findall(r"\w+", names)}
+        assert {name.split(".")[1] for name in imports[module]} <= {module.split(".")[1], "communication", "run_log"}, module
+    assert len(imports) > 10
+    while imports:
+        lowest = {module for module, below in imports.items() if not below & imports.keys()}
+        assert lowest, f"these import each other in a circle: {sorted(imports)}"
+        imports = {module: below for module, below in imports.items() if module not in lowest}
+
+
 def test_every_option_has_the_prefix():
     own = [field for field in dataclasses.fields(CodistillConfig) if not str(field.default).startswith("${")]
     names = {field.name for field in own} - {"_name", "label_smoothing"}  # which is refused
@@ -219,7 +256,7 @@ def test_every_option_has_the_prefix():
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Their default is none of the options' own: it comes from the environment or from other options.
-COMPUTED = {f"codistill_{name}" for name in ("peer", "peers", "dir", "interval", "alpha", "alpha_max", "burn_in")}
+COMPUTED = {f"codistill_{name}" for name in ("peer", "peers", "dir", "interval", "alpha", "alpha_max", "alpha_warmup_epochs")}
 
 
 def test_the_page_of_options_has_every_option_with_its_default():
@@ -246,6 +283,16 @@ def test_what_the_pages_point_to_exists(page):
         found = page.parent / target if target else page
         assert found.exists(), f"{page.name} points to {target}, which is not there"
         assert not heading or heading in headings(found), f"{page.name} points to {target}#{heading}, which is not there"
+
+
+@pytest.mark.parametrize("page", ["how_it_works", "development"])
+def test_the_files_and_functions_that_the_maps_name_exist(page):
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", text))
+    missing = {name for name in named if not (PLUGIN / name).exists() and not (ROOT / name).exists()}
+    assert len(named) > 15 and not missing, f"docs/{page}.md names {missing}"
+    for module, function in re.findall(r"`(losses|schedules|codistiller)\.(\w+)`", text):
+        assert re.search(rf"^(def|class) {function}\b", (PLUGIN / f"core/{module}.py").read_text(), re.MULTILINE), function
 
 
 def headings(page):

@@ -26,13 +26,15 @@ from fairseq_runs import (
 from image_runs import MODEL, SGD, TASK, write_digits, write_folder
 from test_config import config
 
-from fairseq_codistill.core.codistiller import AlphaSchedule, Codistiller
+from fairseq_codistill.core.codistiller import Codistiller
+from fairseq_codistill.core.schedules import AlphaSchedule
 from fairseq_codistill.core.topology import edges_of
 from fairseq_codistill.criterion import CodistillCriterion
+from fairseq_codistill.data_order import order_data
 from fairseq_codistill.exchange.exchange import Exchange, Run
 from fairseq_codistill.exchange.snapshot import tensors_of
 from fairseq_codistill.exchange.stores import MemoryStore
-from fairseq_codistill.hook import TEACHING, order_data
+from fairseq_codistill.hook import TEACHING
 from fairseq_codistill.image import predict as image_predict
 from fairseq_codistill.image.options import ImageClassificationConfig, check
 from fairseq_codistill.image.task import distance
@@ -182,7 +184,7 @@ def test_the_distance_from_the_start_is_logged(digits, pair):
 
 
 def test_batchnorm_statistics_travel_and_the_peer_runs_in_eval_mode(digits):
-    """A real pair: what teaches me is to the bit what the peer says of my batch in evaluation, and I do not change it."""
+    """A real pair: the teacher predicts to the bit what that peer does for this batch in evaluation, and stays unchanged."""
     cfg, task = setup(digits)
     task.load_dataset("train")
     dataset = task.dataset("train")
@@ -213,7 +215,7 @@ def test_batchnorm_statistics_travel_and_the_peer_runs_in_eval_mode(digits):
     criterion = CodistillCriterion(task, config(loss="mse"))
     _, _, log = criterion(mine.train(), {**sample, TEACHING: teaching})
     own, said = mine.eval(), theirs.eval()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(held).items()), "my batch leaves no trace in it"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(held).items()), "no trace of the batch"
     ((_, output),) = teaching.outputs(sample["net_input"])
     with torch.no_grad():
         assert torch.equal(output, said(**sample["net_input"]))

@@ -4,10 +4,8 @@ import json
 import sys
 
 import pytest
-from fairseq_runs import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import image_loading  # noqa: E402
+from benchmarks.data import image_loading
 
 
 def run(monkeypatch, *words):

@@ -24,8 +24,10 @@ sys.path[:0] = [str(ROOT / "data_prep"), str(ROOT / "recipes/images")]
 import image_results  # noqa: E402
 import image_sweep  # noqa: E402
 import images  # noqa: E402
-import sweeping  # noqa: E402
+from runner import runs as runs_files  # noqa: E402
+from runner import sweeping, tasks  # noqa: E402
 
+IMAGES = tasks.read_task("images")
 RECIPES = ("imagenet_resnet50", "digits", "fashion_mnist", "cifar10")
 
 
@@ -212,7 +214,7 @@ def test_preparation_refuses_in_one_sentence(archive, tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe", ("fashion_mnist", "digits", "cifar10"))
 def test_every_runs_file_can_be_read(recipe):
-    runs = image_sweep.read_runs(ROOT / "recipes" / recipe / "runs.txt", image_sweep.TRAIN, [1, 2, 3], [])
+    runs = runs_files.read_runs(ROOT / "recipes" / recipe / "runs.toml", IMAGES, [1, 2, 3], [])
     names = {run.name for run in runs}
     assert {"all_reduce", "codistill", "codistill_reduced", "codistill_constant"} <= names
     assert {run.name for run in runs if run.seed == 3} < names, "some are run once"
@@ -222,7 +224,7 @@ def test_every_runs_file_can_be_read(recipe):
 
 def test_a_run_is_as_many_jobs_as_it_has_peers(tmp_path):
     (tmp_path / "runs.txt").write_text("a METHOD=codistill PEERS=4\nb METHOD=all_reduce\nc REGULARISATION=reduced\n")
-    assert [run.jobs for run in image_sweep.read_runs(tmp_path / "runs.txt", image_sweep.TRAIN, [1], [])] == [4, 1, 2]
+    assert [run.jobs for run in runs_files.read_runs(tmp_path / "runs.txt", IMAGES, [1], [])] == [4, 1, 2]
 
 
 def test_slots_never_hold_more_than_there_are():
@@ -259,7 +261,7 @@ def test_a_runs_file_that_is_none(tmp_path, capsys, text, says):
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
+def swept(warm, tmp_path_factory):
     """Two runs of the digits' recipe with the real programs, very short; where they lie, and what was printed."""
     folder = tmp_path_factory.mktemp("sweep")
     write_digits(folder / "data")
@@ -269,6 +271,7 @@ def swept(tmp_path_factory):
     words = ["--recipe", ROOT / "recipes/digits", "--runs", folder / "runs.txt", "--data", folder / "data"]
     words += ["--out", folder / "runs", "--seeds", 1, "--jobs", 3, "--results", folder / "results"]
     environment = {"EPOCHS": "2", "FRACTION": "1", "VALIDATE": "12", "INTERVAL": "6", "PYTHONPATH": str(ROOT)}
+    environment["FAIRSEQ_TRAIN"] = str(warm / "fairseq-train")
 
     def sweep():
         return command(sys.executable, ROOT / "recipes/images/image_sweep.py", *words, environment=environment)

@@ -9,9 +9,9 @@ from test_criterion import Setting
 from torch import nn
 
 from fairseq_codistill import hook
-from fairseq_codistill.core.codistiller import Teaching
 from fairseq_codistill.core.int8 import RowsIn8Bits, load, quantise
 from fairseq_codistill.core.replica import freeze, replica
+from fairseq_codistill.core.teaching import Teaching
 from fairseq_codistill.exchange.snapshot import tensors_of
 
 
@@ -80,8 +80,8 @@ def test_it_teaches_by_both_paths(setting):
     criterion = setting.criterion(loss="ce")
     sample = {**setting.sample, hook.TEACHING: Teaching(1.0, [replica(setting.peer, torch.int8)])}
     loss, _, log = criterion(setting.model, sample)
-    assert criterion._layers[setting.model] is setting.model.decoder.output_projection
-    criterion._layers[setting.model] = None
+    assert criterion._probe.layers[setting.model] is setting.model.decoder.output_projection
+    criterion._probe.layers[setting.model] = None
     slow, _, slow_log = criterion(setting.model, sample)
     close = {"rtol": 1e-4, "atol": 0.0}  # the peer's logits are bf16, whose last bit depends on the size of the product
     torch.testing.assert_close(loss, slow, **close)

@@ -12,9 +12,9 @@ from test_criterion import Setting
 from test_fused import both_paths, check_equal, teachers, tensors
 
 from fairseq_codistill import hook
-from fairseq_codistill.core.codistiller import Teaching
 from fairseq_codistill.core.fused import Objective, fused
 from fairseq_codistill.core.losses import AGGREGATES, DISTANCES
+from fairseq_codistill.core.teaching import Teaching
 
 EPSILON = 0.2
 

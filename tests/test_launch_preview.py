@@ -112,7 +112,7 @@ def dictionaries(folder: Path, symbols: int = 32_764) -> Path:
 
 
 def test_weights_by_the_formula(tmp_path: Path) -> None:
-    """As benchmarks/model_size.py counts them in fairseq's model."""
+    """As benchmarks/communication/model_size.py counts them in fairseq's model."""
     data = dictionaries(tmp_path / "data")
     big = "fairseq-train x --arch transformer_vaswani_wmt_en_de_big".split()
     weights = launch_cost.of_architecture([*big, "--share-all-embeddings"], str(data))

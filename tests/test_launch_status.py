@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fairseq_codistill.exchange.exchange import Exchange, Run
-from fairseq_codistill.exchange.manifest import BadSnapshot, Manifest, Presence, file_name
-from fairseq_codistill.exchange.observer import PEERS_LIMIT, Age, Observer, age_by_its_clock, find_exchange, plain, read_run
+from fairseq_codistill.exchange.manifest import BadSnapshot, Heartbeat, Manifest, file_name
 from fairseq_codistill.exchange.snapshot import fingerprint, tensors_of
+from fairseq_codistill.exchange.status import PEERS_LIMIT, Age, StatusReader, age_by_its_clock, find_exchange, plain, read_run
 from fairseq_codistill.exchange.stores import DirectoryStore, MemoryStore, open_store
 from fairseq_codistill.launch import main as launch
 from fairseq_codistill.launch.status import age_text
@@ -47,8 +47,9 @@ def begin(store, peers: int = 3, **facts) -> None:
 
 
 def alive(store, peer: int, **facts) -> None:
-    told = dict(life="one", beat=1, state="training", host="node17", pid=4711, time=NOW - 3, update=160, updates=300, speed=4.5)
-    store.write(f"peer{peer}/alive.json", Presence(**{**told, **facts}).to_json())
+    told = dict(start_id="one", beat=1, state="training", host="node17", pid=4711, time=NOW - 3)
+    told.update(update=160, updates=300, speed=4.5)
+    store.write(f"peer{peer}/alive.json", Heartbeat(**{**told, **facts}).to_json())
 
 
 def snapshot(store, peer: int, update: int = 150, **facts) -> None:
@@ -71,8 +72,8 @@ def store(clocks) -> MemoryStore:
     return store
 
 
-def observe(store, clocks: Clocks) -> Observer:
-    return Observer(store, clock=lambda: clocks.wall, monotonic=lambda: clocks.steady)
+def observe(store, clocks: Clocks) -> StatusReader:
+    return StatusReader(store, clock=lambda: clocks.wall, monotonic=lambda: clocks.steady)
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def exchange(tmp_path: Path) -> DirectoryStore:
 @pytest.fixture
 def at_now(monkeypatch) -> None:
     """The command's own clock stands at NOW."""
-    monkeypatch.setattr(Observer.__init__, "__defaults__", (lambda: NOW, time.monotonic))
+    monkeypatch.setattr(StatusReader.__init__, "__defaults__", (lambda: NOW, time.monotonic))
 
 
 def status(capsys, *argv) -> tuple[int, str, str]:
@@ -104,10 +105,10 @@ def test_what_each_peer_says(store, clocks):
     alive(store, 1, state="ended", update=300)
     snapshot(store, 1, 300, done=True)
     first, second, third = observe(store, clocks).look()
-    assert (first.state, first.presence.update, first.newest.update) == ("training", 160, 150)
+    assert (first.state, first.heartbeat.update, first.newest.update) == ("training", 160, 150)
     assert first.teachers == {1: 100, 2: 200}
-    assert (first.sign_age, first.snapshot_age) == (Age(3.0), Age(70.0)) and first.silent is None
-    assert second.state == "ended" and third.state == "absent" and third.presence is third.newest is None
+    assert (first.heartbeat_age, first.snapshot_age) == (Age(3.0), Age(70.0)) and first.silent is None
+    assert second.state == "ended" and third.state == "absent" and third.heartbeat is third.newest is None
 
 
 def test_the_last_snapshot_may_be_newer_than_the_last_sign(store, clocks):
@@ -127,44 +128,44 @@ def test_a_peer_that_gives_no_sign_of_life(store, clocks):
 
 def test_silence_is_told_by_the_watchers_own_clock(store, clocks):
     """Whatever the peer's clock says: one is days behind and beats, one is exact and does not, one has ended."""
-    observer = observe(store, clocks)
+    reader = observe(store, clocks)
     states = []
     for beat in range(8):
         alive(store, 0, beat=beat, time=NOW - 86400)
         alive(store, 1, time=clocks.wall)
         alive(store, 2, state="ended", time=NOW)
-        states.append([row.state for row in observer.look()])
+        states.append([row.state for row in reader.look()])
         clocks.tick(5)
         clocks.wall -= 3600
     assert states[:6] == [["training", "training", "ended"]] * 6
     assert states[6:] == [["training", "silent", "ended"]] * 2
     alive(store, 1, beat=2)
-    row = observer.look()[1]
-    assert row.state == "training" and row.silent is False and row.sign_age == Age(0.0, ours=True)
+    row = reader.look()[1]
+    assert row.state == "training" and row.silent is False and row.heartbeat_age == Age(0.0, local=True)
 
 
 def test_a_restarted_peer_whose_beats_begin_again_is_not_silent(store, clocks):
-    observer = observe(store, clocks)
-    alive(store, 0, life="one", beat=0)
-    observer.look()
+    reader = observe(store, clocks)
+    alive(store, 0, start_id="one", beat=0)
+    reader.look()
     clocks.tick(29)
-    alive(store, 0, life="two", beat=0)
-    observer.look()
+    alive(store, 0, start_id="two", beat=0)
+    reader.look()
     clocks.tick(29)
-    assert observer.look()[0].state == "training"
+    assert reader.look()[0].state == "training"
     clocks.tick(1)
-    assert observer.look()[0].state == "silent"
+    assert reader.look()[0].state == "silent"
 
 
 def test_an_age_is_ours_once_we_saw_it_come(store, clocks):
-    observer = observe(store, clocks)
+    reader = observe(store, clocks)
     snapshot(store, 0, 100, time=NOW - 500)
-    assert observer.look()[0].snapshot_age == Age(500.0)
+    assert reader.look()[0].snapshot_age == Age(500.0)
     snapshot(store, 0, 150, time=NOW + 9999)
     clocks.tick(2)
-    assert observer.look()[0].snapshot_age == Age(0.0, ours=True)
+    assert reader.look()[0].snapshot_age == Age(0.0, local=True)
     clocks.tick(7)
-    assert observer.look()[0].snapshot_age == Age(7.0, ours=True)
+    assert reader.look()[0].snapshot_age == Age(7.0, local=True)
 
 
 @given(st.floats(-1e300, 1e300), st.floats(0, 4e9))
@@ -198,14 +199,14 @@ def test_only_teachers_that_can_be(store, clocks):
 
 
 def test_a_run_that_is_begun_anew_while_we_watch(store, clocks):
-    observer = observe(store, clocks)
-    assert len(observer.look()) == 3
+    reader = observe(store, clocks)
+    assert len(reader.look()) == 3
     begin(store, peers=5)
-    assert len(observer.look()) == 5
+    assert len(reader.look()) == 5
     store.write("run.json", b"[]")
-    assert len(observer.look()) == 5 and "run.json must be that of a run" in observer.note
+    assert len(reader.look()) == 5 and "run.json must be that of a run" in reader.note
     store.remove("run.json")
-    assert len(observer.look()) == 5 and observer.note == ""
+    assert len(reader.look()) == 5 and reader.note == ""
 
 
 # The command.
@@ -221,7 +222,7 @@ def test_the_table(exchange, tmp_path, capsys, at_now):
     assert lines[0] == f"{exchange}: 3 peers, dictionary of 10000 symbols (sha256 abababababab), format 1"
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("|")]
     assert cells[0] == [
-        "peer", "state", "update", "upd/s", "newest snapshot", "its age", "valid loss", "learns from", "host:pid", "last sign",
+        "peer", "state", "update", "upd/s", "newest snapshot", "its age", "valid loss", "learns from", "host:pid", "heartbeat",
     ]  # fmt: skip
     assert cells[1] == [
         "0", "training", "160/300 (53%)", "4.5", "150, 105.3 MB, bfloat16", "1m10s*", "3.871",
@@ -229,7 +230,7 @@ def test_the_table(exchange, tmp_path, capsys, at_now):
     ]  # fmt: skip
     assert cells[2] == ["1", "training?", "160", "-", "-", "-", "-", "-", "node17:4711", "5m00s*"]
     assert cells[3] == ["2", "absent", "-", "-", "-", "-", "-", "-", "-", "-"]
-    assert "* by its clock" in out and "one look cannot tell whether a peer still lives: --watch can" in out
+    assert "* by its clock" in out and "one look cannot tell whether a peer is still alive: --watch can" in out
 
 
 def test_the_layout_is_the_exchanges_own(tmp_path, capsys):
@@ -322,7 +323,7 @@ def test_no_control_character_reaches_the_terminal(exchange, capsys):
     alive(exchange, 2, host="[bold]x[/bold][/nothing]")
     code, out, _ = status(capsys, exchange.root)
     assert code == 0 and all(sign.isprintable() for sign in out.replace("\n", ""))
-    assert "refused: the manifest's format must be 1" in out and "refused: the sign of life" in out
+    assert "refused: the manifest's format must be 1" in out and "refused: the heartbeat" in out
     assert "[bold]x[/bold][/nothing]:4711" in out, "and no markup is obeyed"
     code, out, _ = status(capsys, exchange.root, "--json")
     assert code == 0 and out.strip("\n").isprintable() and len(json.loads(out)["peers"]) == 3
@@ -371,9 +372,9 @@ def test_only_the_runs_peers_are_looked_for(clocks):
     store = Watched()
     begin(store, peers=2)
     alive(store, 99999999)
-    observer = observe(store, clocks)
+    reader = observe(store, clocks)
     opened.clear()
-    assert [row.peer for row in observer.look()] == [0, 1]
+    assert [row.peer for row in reader.look()] == [0, 1]
     assert sorted(opened) == ["peer0/alive.json", "peer0/latest.json", "peer1/alive.json", "peer1/latest.json", "run.json"]
 
 

@@ -100,6 +100,16 @@ def test_what_never_decays_is_left_alone_and_other_schedules_leave_all():
     assert [group["weight_decay"] for group in one.param_groups] == [1e-4, 0.0]
 
 
+def test_groups_without_weight_decay_keep_none_under_any_optimizer():
+    """As with --codistill-weight-decays: an optimizer that marks no groups has biases without any, too."""
+    one = optimizer(weight_decay=0.5)
+    groups = one.param_groups
+    groups.append({**groups[0], "params": [], "weight_decay": 0.0})
+    schedule = multistep(one, weight_decays="1e-4,0,1e-5", weight_decay_milestones="1,2")
+    seen = [schedule.step_update(u) and [group["weight_decay"] for group in groups] for u in (1, 10, 20)]
+    assert seen == [[1e-4, 0.0], [0.0, 0.0], [1e-5, 0.0]]
+
+
 def test_the_task_tells_how_many_updates_an_epoch_has():
     one = optimizer()
     schedule = multistep(one, updates_per_epoch=None, lr_milestones="2")

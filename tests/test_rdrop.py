@@ -10,11 +10,11 @@ from test_criterion import Setting
 from test_fused import FUSED_MODELS, N, check_equal, teachers, tensors
 
 from fairseq_codistill import hook
-from fairseq_codistill.core.codistiller import Teaching
 from fairseq_codistill.core.fused import Objective, fused
 from fairseq_codistill.core.gate import gate_of
 from fairseq_codistill.core.losses import AGGREGATES, DISTANCES
 from fairseq_codistill.core.rdrop import doubled, passes_first
+from fairseq_codistill.core.teaching import Teaching
 
 ALPHA, BETA, EPSILON = 0.6, 1.7, 0.1
 
@@ -90,8 +90,8 @@ def run(setting, criterion, sample, reduce=True):
 
 def both(setting, criterion, sample):
     fast, _ = run(setting, criterion, sample)
-    assert criterion._layers[setting.model] is not None
-    criterion._layers[setting.model] = None
+    assert criterion._probe.layers[setting.model] is not None
+    criterion._probe.layers[setting.model] = None
     return fast, run(setting, criterion, sample)[0]
 
 

@@ -26,6 +26,7 @@ from fairseq_runs import checkpoint
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 RECIPE = RECIPES / "multi30k_en_de"
+pytestmark = pytest.mark.usefixtures("warm_scripts")
 METHODS = ("codistill", "all_reduce", "all_reduce_no_smoothing", "single", "rdrop", "rdrop_all_reduce")
 PIECES = 36
 
@@ -37,9 +38,11 @@ import multi30k  # noqa: E402
 import parallel_text  # noqa: E402
 import prepare as prepare_corpus  # noqa: E402
 import sweep  # noqa: E402
-import sweeping  # noqa: E402
+from runner import runs, sweeping, tasks  # noqa: E402
 
 from fairseq_codistill.report import main as report  # noqa: E402
+
+TRANSLATION = tasks.read_task("translation")
 
 
 def write_source(folder: Path, pairs: int = 30) -> Path:
@@ -74,7 +77,7 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prepared(source, tmp_path_factory):
+def prepared(warm_scripts, source, tmp_path_factory):
     out = tmp_path_factory.mktemp("multi30k") / "data"
     assert prepare(out, source, "--train-pairs", "24") == 0
     return out
@@ -262,6 +265,8 @@ def script(name: str, *arguments: str, recipe: str = "multi30k_en_de", **variabl
 
 def dry_run(recipe: str = "multi30k_en_de", **variables: object) -> list[str]:
     """The words of the command that train.sh would start."""
+    if recipe == "own":  # its languages are the data's
+        variables = {"SOURCE": "fr", "TARGET": "it", **variables}
     result = script("train.sh", recipe=recipe, **{"DATA": "data", "OUT": "runs", "CPU": 1, **variables, "DRY_RUN": 1})
     assert result.returncode == 0, result.stderr
     return shlex.split(result.stdout)
@@ -289,6 +294,10 @@ RECIPE_FLAGS = {
     ),
     "tatoeba_de_en": dict(source_lang="de", target_lang="en", arch="transformer", keep_interval_updates=5, fp16=False),
     "newstest_de_en": dict(source_lang="de", target_lang="en", arch="transformer", keep_interval_updates=5, fp16=False),
+    "own": dict(
+        source_lang="fr", target_lang="it", arch="transformer_iwslt_de_en", lr=[5e-4], max_tokens=4096, fp16=False,
+        encoder_ffn_embed_dim=1024, decoder_attention_heads=4, dropout=0.3, weight_decay=1e-4, keep_interval_updates=5,
+    ),
 }  # fmt: skip
 # distance, α, its schedule, interval, lockstep; a worker's share and all workers.
 CODISTILLATION = {
@@ -298,6 +307,7 @@ CODISTILLATION = {
     "wmt16_en_de": ("mse", 0.1, "exponential", 2500, False, 64, 128),
     "tatoeba_de_en": ("ce", 1.0, "constant", 100, True, 1, 2),
     "newstest_de_en": ("ce", 1.0, "constant", 50, True, 1, 2),
+    "own": ("ce", 1.0, "constant", 500, False, 1, 2),
 }
 
 
@@ -375,7 +385,7 @@ def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
         words = dry_run(recipe, DATA="~/data", OUT="~/a b")
         assert words[words.index("fairseq-train") + 1].startswith(f"{tmp_path}/data")
         assert words[words.index("--save-dir") + 1].startswith(f"{tmp_path}/a b/")
-    args = sweep._parser().parse_args(["--recipe", "~", "--data", "~/x", "--out=~/y"])
+    args = sweeping._parser(TRANSLATION, "").parse_args(["--recipe", "~", "--data", "~/x", "--out=~/y"])
     assert (args.recipe, args.data, args.out) == (tmp_path, tmp_path / "x", tmp_path / "y")
     no_average = [sys.executable, RECIPES / "translation/average.py", "~/nowhere"]
     assert f"that {tmp_path}/nowhere has" in subprocess.run(no_average, capture_output=True, text=True).stderr
@@ -394,8 +404,7 @@ def data_of(home: Path) -> str:
 
 
 def test_every_recipe_is_tested_and_has_what_a_recipe_has():
-    handing_over = [path.parent for path in RECIPES.glob("*/train.sh") if "../translation/train.sh" in path.read_text()]
-    recipes = {path.name for path in handing_over}
+    recipes = {path.parent.name for path in RECIPES.glob("*/recipe.toml") if tasks.read_toml(path)["task"] == "translation"}
     assert recipes == set(RECIPE_FLAGS) == set(CODISTILLATION)
     for recipe in recipes:
         assert {"README.md", "train.sh", "evaluate.sh"} <= {path.name for path in (RECIPES / recipe).iterdir()}
@@ -404,13 +413,12 @@ def test_every_recipe_is_tested_and_has_what_a_recipe_has():
 def test_the_readme_lists_every_variable():
     readme = (RECIPES / "translation/README.md").read_text()
     listed = set(re.findall(r"`([A-Z][A-Z_]+)`", readme))
-    assert sweeping.known_variables(sweep.TRAIN) <= listed
+    assert tasks.variables_of(TRANSLATION) <= listed
     for name in ("evaluate.py", "prepared.py"):
         read = set(re.findall(r'"([A-Z][A-Z_]+)"', (RECIPES / "translation" / name).read_text()))
         assert read <= listed | {"NLL", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}, name
-    for settings in RECIPES.glob("*/settings.sh"):
-        if settings.parent.name in RECIPE_FLAGS:
-            assert set(re.findall(r"\{([A-Z_]+):?=", settings.read_text())) <= listed, settings
+    for recipe in map(tasks.read_recipe, map(RECIPES.joinpath, RECIPE_FLAGS)):
+        assert {name.upper() for name in (*recipe.settings, *recipe.evaluate)} <= listed, recipe
 
 
 COMMITTED = [path for recipe in RECIPE_FLAGS for path in sorted(RECIPES.glob(f"{recipe}/results/**/seed1/command.txt"))]
@@ -420,12 +428,12 @@ COMMITTED = [path for recipe in RECIPE_FLAGS for path in sorted(RECIPES.glob(f"{
 def test_committed_results_come_from_the_same_commands(path):
     """What was run for the committed tables; some came before the option that asks for what was then the only way."""
     recipe, name = path.relative_to(RECIPES).parts[0], path.parents[1].name
-    own_list = RECIPES / recipe / (path.relative_to(RECIPES / recipe / "results").parts[0] + ".txt")
-    listed = own_list if own_list.is_file() else RECIPES / recipe / "runs.txt"
+    own_list = RECIPES / recipe / (path.relative_to(RECIPES / recipe / "results").parts[0] + ".toml")
+    listed = own_list if own_list.is_file() else RECIPES / recipe / "runs.toml"
     if recipe == "demo":  # its runs are named after their methods
         variables = {"METHOD": name.split("_ce")[0]}
     else:
-        (run,) = sweep.read_runs(listed, sweep.TRAIN, [1], [name])
+        (run,) = runs.read_runs(listed, TRANSLATION, [1], [name])
         variables = run.own
     now = dry_run(recipe, NAME=name, SEED=1, DATA="DATA", OUT="OUT", **variables)
     was = shlex.split(path.read_text())
@@ -494,7 +502,7 @@ def test_before_training_the_cost_is_told():
         ("wmt16_en_de", dict(CPU=0, GPUS=6), ["GPUS_PER_PEER must divide", "1, 2, 4, 8, 16, 32, 64", "is 3", "6 GPUs"]),
         ("wmt16_en_de", dict(CPU=0, GPUS=2, GPUS_PER_PEER=4), ["needs 8 GPUs, but there are 2"]),
         ("multi30k_en_de", dict(CPU=0, GPUS=8, GPUS_PER_PEER=3), ["GPUS_PER_PEER must divide", "one of 1, but is 3"]),
-        ("translation", dict(), ["SOURCE and TARGET", "train.sh of a recipe"]),
+        ("own", dict(), ["DATA must be a folder made by data_prep/prepare.py own, but data is not"]),
     ],
 )
 def test_train_refuses(recipe, variables, words, tmp_path):
@@ -530,33 +538,33 @@ def test_evaluate_refuses(variables, arguments, word, prepared):
 # --- sweep.py ---------------------------------------------------------------------------------------------------------
 
 
-LISTS = RECIPES.glob("*_*_*/*.txt")
+LISTS = [path for path in RECIPES.glob("*_*_*/*.toml") if path.name != tasks.FILE]
 
 
 @pytest.mark.parametrize("path", sorted(LISTS), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_listed_run_has_a_command(path):
-    runs, recipe = sweep.read_runs(path, sweep.TRAIN, [1, 2], []), path.parent.name
-    commands = {" ".join(dry_run(recipe, NAME="x", **dict(word.split("=", 1) for word in run.variables))) for run in runs}
-    assert len(commands) == len(runs) // 2, "two lines of one file are the same run"
+    listed, recipe = runs.read_runs(path, TRANSLATION, [1, 2], []), path.parent.name
+    told = {" ".join(dry_run(recipe, NAME="x", **dict(word.split("=", 1) for word in run.variables))) for run in listed}
+    assert len(told) == len(listed) // 2, "two lines of one file are the same run"
 
 
 def test_a_star_is_for_every_run_below_it(tmp_path):
-    runs = tmp_path / "runs.txt"
-    runs.write_text("first METHOD=single\n* LR=1 EXTRA='--fp16 --amp'\nsecond METHOD=rdrop LR=2\n")
-    first, second = sweep.read_runs(runs, sweep.TRAIN, [1], [])
+    listed = tmp_path / "runs.txt"
+    listed.write_text("first METHOD=single\n* LR=1 EXTRA='--fp16 --amp'\nsecond METHOD=rdrop LR=2\n")
+    first, second = runs.read_runs(listed, TRANSLATION, [1], [])
     assert first.variables == ("METHOD=single",)
     assert dict(word.split("=", 1) for word in second.variables) == {"LR": "2", "EXTRA": "--fp16 --amp", "METHOD": "rdrop"}
     assert second.environment(tmp_path, tmp_path)["LR"] == "2"
 
 
 def test_sweep_refuses(prepared, tmp_path, refused):
-    runs = tmp_path / "runs.txt"
-    common = ["--recipe", str(RECIPE), "--data", str(prepared), "--out", str(tmp_path), "--runs", str(runs)]
-    runs.write_text("# none\nfine METHOD=single EXTRA='--clip-norm 1'\nmse ALPAH=1\n")
+    listed = tmp_path / "runs.txt"
+    common = ["--recipe", str(RECIPE), "--data", str(prepared), "--out", str(tmp_path), "--runs", str(listed)]
+    listed.write_text("# none\nfine METHOD=single EXTRA='--clip-norm 1'\nmse ALPAH=1\n")
     refused(sweep.main(common), "runs.txt:3", "ALPAH=1")
-    runs.write_text("same METHOD=single\nsame METHOD=rdrop\n")
+    listed.write_text("same METHOD=single\nsame METHOD=rdrop\n")
     refused(sweep.main(common), "runs.txt:2", "same")
-    runs.write_text("single METHOD=single\n")
+    listed.write_text("single METHOD=single\n")
     refused(sweep.main([*common, "--only", "double"]), "--only", "double")
     refused(sweep.main([*common, "--jobs", "0"]), "--jobs")
     refused(sweep.main(["--recipe", str(RECIPE), "--data", str(tmp_path), "--out", str(tmp_path)]), "--data")
@@ -583,14 +591,14 @@ def test_sweep_stops_what_it_started(prepared, tmp_path):
 
 TINY = dict(LAYERS=1, WIDTH=16, FFN=16, HEADS=2, UPDATES=6, INTERVAL=2, VALIDATE=2, WARMUP=2, TOKENS=100)
 TINY.update(CPU=1, THREADS=1, TEST_SETS="test_2016_flickr:test", NLL_SETS="val:valid", PYTHONPATH=str(ROOT))
-PROGRAMS = dict(CODISTILL_LAUNCH="fairseq_codistill.launch", FAIRSEQ_TRAIN="fairseq_cli.train")
-PROGRAMS.update(FAIRSEQ_GENERATE="fairseq_cli.generate", SACREBLEU="sacrebleu")
+PROGRAMS = dict(CODISTILL_LAUNCH="fairseq_codistill.launch", SACREBLEU="sacrebleu")
 TINY.update({name: f"{sys.executable} -m {module}" for name, module in PROGRAMS.items()}, PYTHON=sys.executable)
+TINY.update(FAIRSEQ_TRAIN="fairseq-train", FAIRSEQ_GENERATE="fairseq-generate")
 
 
 @pytest.fixture(scope="module")
 def swept(prepared, tmp_path_factory):
-    """A sweep of two methods with the real programs, called as modules of this interpreter; its folder."""
+    """A sweep of two methods with the real programs; its folder."""
     out = tmp_path_factory.mktemp("sweep")
     (out / "runs.txt").write_text("single METHOD=single\ncodistill_ce METHOD=codistill DISTANCE=ce\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -670,7 +678,7 @@ def write_ted(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory):
+def scored(warm_scripts, tmp_path_factory):
     """iwslt14_de_en from published texts to scores.md, BLEU choosing the checkpoint: its data and its run."""
     folder = tmp_path_factory.mktemp("iwslt")
     options = ["--source", str(write_ted(folder / "texts")), "--out", str(folder / "data"), "--vocab", "30", "--jobs", "1"]
@@ -760,6 +768,7 @@ FROM_ARCHIVES = {
         BLEU + NLL,
     ),
     "newstest_de_en": (news_texts, ["--vocab", "100"], "rdrop" if HAS_RDROP else "single", BLEU + NLL),
+    "own": (made.own_texts, ["--vocab", "100", "--held-out", "9"], "codistill", BLEU + NLL),
 }
 
 
@@ -770,7 +779,10 @@ def test_every_other_recipe_from_archives_to_scores(recipe, tmp_path):
     source.mkdir()
     for name, content in files().items():
         (source / name).write_bytes(content)
-    assert prepare_corpus.main([recipe, "--source", str(source), "--out", str(data), "--jobs", "1", *options]) == 0
+    where = ["--source", str(source)]
+    if recipe == "own":
+        where = ["--source", "xx", "--target", "yy", "--train", str(source / "all")]
+    assert prepare_corpus.main([recipe, *where, "--out", str(data), "--jobs", "1", *options]) == 0
     tiny = {**TINY, "METHOD": method, "WORKERS": 2, "PRECISION": "fp32", "KEEP": 2, "AVERAGE": 2, "SEED": 1, "RDROP_ALPHA": 1}
     tiny.update(DATA=data, OUT=tmp_path / "runs")
     del tiny["TEST_SETS"], tiny["NLL_SETS"]

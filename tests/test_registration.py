@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fairseq_runs import _FORK, MODEL, PLUGIN, ROOT, TRAINING, Job, column
+from fairseq_runs import MODEL, PLUGIN, ROOT, TRAINING, Job, column, fork_server
 
 REGISTERED = """
 from fairseq import criterions, models, optim, tasks
@@ -214,35 +214,10 @@ def test_fairseq_first_then_its_checkpoints_load(data, tmp_path):
     words += f"--criterion codistill_ce --max-update 2 --user-dir {tmp_path}/own_plugin".split()
     log = Job([str(word) for word in words], {"PYTHONPATH": str(ROOT)}).finish()
     assert column(log, "train_inner", "num_updates") == [1, 2]
-    process = _FORK.Process(target=_fairseq_first, args=(tmp_path / "run/checkpoint_last.pt", REGISTERED))
+    process = fork_server().Process(target=_fairseq_first, args=(tmp_path / "run/checkpoint_last.pt", REGISTERED))
     process.start()
     process.join(120)
     assert process.exitcode == 0
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The package as pip installs it from a copy of the sources: a folder for PYTHONPATH."""
-    sources, target = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("site")
-    shutil.copytree(PLUGIN, sources / PLUGIN.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, sources)
-    pip = "-m pip install -q --no-deps --no-build-isolation --no-index --no-compile --disable-pip-version-check --target"
-    python(*pip.split(), target, sources)
-    return target
-
-
-def test_installed_without_the_clone(installed, data, tmp_path):
-    """From another folder: with the path that the command prints, and a package of one's own by `python -m`."""
-    names = {path.name for path in PLUGIN.iterdir() if path.is_file()}
-    assert {path.name for path in (installed / PLUGIN.name).iterdir() if path.is_file()} == names
-    user_dir = python("-m", "fairseq_codistill.launch", "--user-dir", path=[installed], cwd=tmp_path).rstrip("\n")
-    assert user_dir == str(installed / "fairseq_codistill")
-    write(tmp_path / "own", train="from fairseq_cli.train import cli_main\nif __name__ == '__main__':\n    cli_main()\n")
-    (tmp_path / "own/__init__.py").write_text("import fairseq_codistill\n")
-    options = f"--save-dir run {MODEL} {TRAINING} --criterion codistill_ce --max-update 2"
-    log = python("-m", "own.train", data, *options.split(), "--user-dir", user_dir, path=[installed, tmp_path], cwd=tmp_path)
-    assert column(log, "train_inner", "num_updates") == [1, 2]
 
 
 def test_the_commands_user_dir_stands_alone(capsys):

@@ -95,7 +95,7 @@ def run_main(capsys, *arguments):
 @pytest.fixture
 def no_figure(monkeypatch):
     """For tests of words and numbers: drawing takes half a second."""
-    monkeypatch.setattr(report, "draw", lambda report, path: path.write_bytes(b""))
+    monkeypatch.setattr(report, "draw", lambda report, paths, style: [path.write_bytes(b"") for path in paths])
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_real_log_of_a_run_killed_at_25_and_resumed_from_15():
         *[(35, 4.685), (36, 4.678), (40, 4.658), (42, 4.635), (45, 4.629)],
     ]
     assert log.finished and log.update == 45
-    assert log.seconds == 2, "2 s of the first process, less than half a second of the other"
+    assert log.seconds == 3, "2 s of the first process, 1 s of the other, whose wall stands still at 0"
 
 
 def test_what_a_restart_has_not_done_again_is_dropped():
@@ -291,6 +291,16 @@ def test_seconds_of_all_processes_are_added():
     assert report_log.TrainLog.read(first + second).seconds == 85, "the wall clock that falls back tells of a restart"
     longer = [config_line(), loaded_line(10), json_line("train_inner", 20, loss=1, wall=70)]
     assert report_log.TrainLog.read(first + longer).seconds == 130, "and the config line of a process that waited longer"
+
+
+def test_seconds_of_a_resumed_process_whose_wall_stands_still():
+    """fairseq's does, at 0, once it has loaded a checkpoint: the lines' own times tell."""
+    lines = [config_line(), FRESH, json_line("train_inner", 100, loss=4, wall=50)]
+    resumed = [config_line(), loaded_line(100), *(json_line("train_inner", n, loss=4, wall=0) for n in (200, 300))]
+    times = ["01:00:00", "01:00:02", "01:00:30", "01:01:10"]
+    lines += [line.replace("00:00:00", time) for line, time in zip(resumed, times)]
+    log = report_log.TrainLog.read(lines)
+    assert log.clock == {100: 50, 200: 78, 300: 118} and log.seconds == 118
 
 
 def test_garbage_and_torn_lines_are_passed_over(tmp_path):
@@ -483,10 +493,10 @@ def test_figure_of_real_logs(tmp_path):
     from matplotlib.image import imread
 
     methods = report_files.load([str(REAL / name) for name in ("ce", "ls", "rdrop", "codist", "resumed")]).methods
-    report_figure.draw(report_table.Report("Five criteria", methods, [], []), tmp_path / "all.png")
-    report_figure.draw(report_table.Report("No peers", methods[:1], [], []), tmp_path / "one.png")
+    report_figure.draw(report_table.Report("Five criteria", methods, [], []), [tmp_path / "all.png"], report_figure.Style())
+    report_figure.draw(report_table.Report("No peers", methods[:1], [], []), [tmp_path / "one.png"], report_figure.Style())
     both, alone = imread(tmp_path / "all.png"), imread(tmp_path / "one.png")
-    assert both.shape[1] == alone.shape[1] == 1200 and 500 <= alone.shape[0] <= both.shape[0] <= 600
+    assert both.shape[1] == alone.shape[1] == 1360 and 680 <= alone.shape[0] <= both.shape[0] <= 760, "6.8 inches at 200 dpi"
     assert colours_of(both) == {0, 1, 2, 3, 4} and colours_of(alone) == {0}
 
 
@@ -515,7 +525,7 @@ def test_nll_axis_is_focused():
 
     methods = report_files.load([str(REAL / "ls")]).methods
     axes = Figure().add_subplot()
-    report_figure._panel(axes, methods, "valid NLL (bits per token)", report_log.TrainLog.valid_nll, size=10)
+    report_figure._panel(axes, methods, "valid NLL", report_log.TrainLog.valid_nll, report_figure.Style(), 8)
     assert axes.get_ylim() == pytest.approx(report_figure.focus([methods[0].runs[0].peers[0].log.valid_nll()]))
 
 
@@ -573,8 +583,8 @@ def test_what_the_exchange_has_cost(tmp_path, capsys, no_figure):
     }
     for peer, found in lives.items():
         with open(tmp_path / "two" / peer / "train.log", "a") as log:
-            for life in found:
-                log.write(f"x | INFO | x | codistillation: exchange totals {json.dumps(life)}\n")
+            for attempt in found:
+                log.write(f"x | INFO | x | codistillation: exchange totals {json.dumps(attempt)}\n")
             log.write('codistillation: exchange totals {"updates": 4\n')  # torn by a kill
     assert run_main(capsys, tmp_path)[0] == 0
     notes = (tmp_path / "report/table.md").read_text()
@@ -601,7 +611,7 @@ def chosen_by(metric, values, maximise=True):
 
 def test_what_chooses_the_checkpoint_has_columns_and_a_curve(tmp_path, capsys, monkeypatch):
     panels = []
-    monkeypatch.setattr(report_figure, "_panel", lambda axes, methods, name, curve_of, size: panels.append(name))
+    monkeypatch.setattr(report_figure, "_panel", lambda axes, methods, name, curve_of, style, size: panels.append(name))
     for name, text in {
         "bleu": chosen_by("bleu", [10, "nan", 31.5, 31.5, 20]),
         "error": chosen_by("wer", [9, 7, 8], maximise=False),
@@ -618,7 +628,7 @@ def test_what_chooses_the_checkpoint_has_columns_and_a_curve(tmp_path, capsys, m
     assert (named["error"]["best valid wer"], named["error"]["at update of wer"]) == ("7.000", "200")
     assert named["nll"]["best valid bleu"] == named["nll"]["best valid wer"] == "–"
     assert "bleu chooses checkpoint_best.pt of bleu (--best-checkpoint-metric)" in out
-    assert panels == ["valid NLL (bits per token)", "valid bleu", "valid wer"]
+    assert panels == ["valid NLL", "valid bleu", "valid wer"]
 
 
 def test_names_that_are_no_text(root, capsys):
@@ -780,7 +790,7 @@ def test_out_that_cannot_be_written(root, tmp_path, capsys):
 
 def test_a_reader_that_leaves_early_loses_no_file(root):
     code = (
-        "import sys; from fairseq_codistill import report; "
+        "import sys; from fairseq_codistill.report import main as report; "
         f"sys.exit(report.main([{str(root)!r}]))"
     )
     command = subprocess.Popen(
@@ -797,7 +807,7 @@ def test_a_reader_that_leaves_early_loses_no_file(root):
 
 def test_the_command_starts_without_fairseq_torch_or_matplotlib():
     code = (
-        "import sys; from fairseq_codistill import report; "
+        "import sys; from fairseq_codistill.report import main as report; "
         "print(sorted({'fairseq', 'torch', 'matplotlib', 'rich', 'numpy'} & set(sys.modules)))"
     )
     folder = Path(report.__file__).parent.parent
@@ -806,7 +816,7 @@ def test_the_command_starts_without_fairseq_torch_or_matplotlib():
 
 
 def test_a_full_disk_under_stdout_loses_no_file_and_is_an_error(root):
-    code = "import sys; sys.argv = ['codistill-report']; from fairseq_codistill import report; "
+    code = "import sys; sys.argv = ['codistill-report']; from fairseq_codistill.report import main as report; "
     code += f"sys.exit(report.main([{str(root)!r}]))"
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", code]

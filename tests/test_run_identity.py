@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from test_exchange import fetch, model, publish
 
-from fairseq_codistill import config, criterion
-from fairseq_codistill.exchange import others
+from fairseq_codistill import build, config
+from fairseq_codistill.exchange import liveness
 from fairseq_codistill.exchange.exchange import KEEP, KEEP_FOR_LEARNERS, Exchange, IndexTaken, Run
-from fairseq_codistill.exchange.manifest import BadSnapshot, Presence
+from fairseq_codistill.exchange.manifest import BadSnapshot, Heartbeat
 from fairseq_codistill.exchange.snapshot import fingerprint
 from fairseq_codistill.exchange.stores import MemoryStore
 
@@ -49,7 +49,7 @@ class Peer(Exchange):
     def alive(self, update=0, state="training"):
         beat = getattr(self, "beats", 0) + 1
         self.beats = beat
-        self.beat(Presence("", beat, state, others.host_name(), 1, 0.0, update=update))
+        self.beat(Heartbeat("", beat, state, liveness.host_name(), 1, 0.0, update=update))
 
     @property
     def run_id(self):
@@ -112,7 +112,7 @@ def test_without_locks_who_is_silent_for_three_beats_does_not_train(old_run, sto
     before = sum(peer.naps)
     peer.begin(0, PRINT)
     assert peer.run_id != old_run
-    assert sum(peer.naps) - before == (others.SILENT_SECONDS if isinstance(store, NoLocks) else 0)
+    assert sum(peer.naps) - before == (liveness.SILENT_SECONDS if isinstance(store, NoLocks) else 0)
 
 
 @pytest.mark.parametrize("state", ["ended", "stopped"])
@@ -285,7 +285,7 @@ def test_living_peers_have_different_seeds(store):
     first = Peer(store, 0).start(run=seeded(1))
     with pytest.raises(ValueError, match="different seeds, .* peer 0 and this peer 1 have --seed 1; did you forget"):
         Peer(store, 1, meanwhile=first.alive).join(seeded(1))
-    assert Peer(store, 1).presence(1).state == "stopped"
+    assert Peer(store, 1).heartbeat(1).state == "stopped"
     Peer(store, 1).start(run=seeded(10_000_001))
     assert b"seed" not in store.read("run.json", 10**6)
 
@@ -371,12 +371,12 @@ def test_of_two_that_take_an_index_at_the_same_moment_one_is_refused():
 def test_a_peer_that_never_trained_says_goodbye(store):
     peer = Peer(store, 0)
     peer.join(RUN)
-    assert peer.presence(0).state == "waiting"
+    assert peer.heartbeat(0).state == "waiting"
     peer.leave()
-    assert peer.presence(0).state == "stopped"
+    assert peer.heartbeat(0).state == "stopped"
     trained = Peer(store, 0).start()
     trained.leave()
-    assert trained.presence(0).state == "training", "its courier says how it ended"
+    assert trained.heartbeat(0).state == "training", "its background exchange says how it ended"
 
 
 # What is kept, and for whom.
@@ -400,7 +400,7 @@ def test_nothing_is_kept_for_one_that_has_ended_or_shows_no_life():
     store = NoLocks()
     now = [0.0]
     one, other = Peer(store, 0).start(), Peer(store, 1).start()
-    one._membership.others._monotonic = lambda: now[0]
+    one._membership.liveness._monotonic = lambda: now[0]
     assert one.needed_from([1], 10, 600.0) == 0
     now[0] = 599.0
     assert one.needed_from([1], 10, 600.0) == 0, "others may still wait for it"
@@ -416,7 +416,7 @@ def test_a_living_lock_is_life(monkeypatch):
     store = MemoryStore()
     one, other = Peer(store, 0).start(), Peer(store, 1).start()
     one.needed_from([1], 10, 0.0)
-    one._membership.others._monotonic = lambda: 1e9
+    one._membership.liveness._monotonic = lambda: 1e9
     assert one.needed_from([1], 10, 0.0) == 0
     other.leave()
     assert one.needed_from([1], 10, 0.0) is None
@@ -478,7 +478,7 @@ class Dictionary(list):
 
 def made(task, **options):
     cfg = config.CodistillConfig(**{"codistill_peers": 3, "codistill_interval": 7, "seed": 5, **options})
-    return criterion._run(SimpleNamespace(**task), cfg)
+    return build.run_of(SimpleNamespace(**task), cfg)
 
 
 def test_the_run_of_a_task():

@@ -7,6 +7,7 @@ from fairseq_codistill.core.schedules import AlphaSchedule, alpha_at, stalled_at
 SODHANI_STEPS = dict(alpha=1.0, step=0.5, milestones=(15, 30, 40))
 
 # (schedule, settings, {epoch: α}) at the boundaries
+# fmt: off
 TABLE = [
     ("constant", dict(alpha=0.7), {1: 0.7, 2: 0.7, 1000: 0.7}),
     # Sodhani et al., translation: γ = 1.1 for each epoch.
@@ -14,11 +15,18 @@ TABLE = [
     ("exponential", dict(alpha=0.1, gamma=1.5), {1: 0.1, 2: 0.15, 26: 0.1 * 1.5**25}),
     ("exponential", dict(alpha=1.0, gamma=1.0), {1: 1.0, 50: 1.0}),
     ("exponential", dict(alpha=1.0, gamma=1.1, maximum=2.0), {7: 1.1**6, 8: 1.1**7, 9: 2.0, 10**6: 2.0}),
+    # The default: growing in over four epochs, a quarter more in each.
+    (
+        "exponential", dict(alpha=0.3, gamma=1.1, warmup=4, maximum=1.0),
+        {1: 0.0, 2: 0.3 * 1.1 / 4, 3: 0.3 * 1.21 / 2, 4: 0.3 * 1.331 * 0.75, 5: 0.3 * 1.1**4, 14: 1.0},
+    ),
+    ("constant", dict(alpha=2.0, warmup=1, maximum=1.0), {1: 0.0, 2: 1.0, 3: 1.0}),
     # Sodhani et al., ImageNet: + 0.5 at each decay of the learning rate, after epochs 15, 30 and 40.
     ("stepwise", SODHANI_STEPS, {1: 1.0, 15: 1.0, 16: 1.5, 30: 1.5, 31: 2.0, 40: 2.0, 41: 2.5, 45: 2.5}),
     ("stepwise", dict(alpha=1.0, step=0.5, milestones=(2.5,)), {2: 1.0, 3: 1.5}),
     ("stepwise", dict(SODHANI_STEPS, maximum=1.75), {15: 1.0, 16: 1.5, 31: 1.75}),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("schedule, settings, expected", TABLE)

@@ -64,7 +64,8 @@ def until(condition: Callable[[], bool], what: str) -> None:
 class Slurm:
     """A cluster of this machine alone, in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, commands: Path) -> None:
+        """`commands`: where a job finds fairseq's before all others."""
         self.folder = folder
         self.daemons: List[subprocess.Popen] = []
         for name in ("munge", "controller", "node"):
@@ -74,7 +75,7 @@ class Slurm:
         host, ports = socket.gethostname().partition(".")[0], (free_port(), free_port())
         text = CONFIGURATION.format(folder=folder, host=host, controller=ports[0], node=ports[1])
         (folder / "slurm.conf").write_text(text)
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
+        path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CODISTILL_"))}
         self.environment = {**clean, "PATH": path, "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
 
@@ -118,8 +119,8 @@ class Slurm:
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+def slurm(warm, tmp_path_factory):
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"), warm)
     try:
         cluster.start()
         yield cluster

@@ -176,8 +176,10 @@ FORGERIES = {
     "has shape": lambda w: w.update({"norm.weight": torch.ones(4)}),
     "'norm.weight' stands on one side only": lambda w: w.pop("norm.weight"),
     "'zzz' stands on one side only": lambda w: w.update(zzz=torch.ones(1)),
-    "is torch.int64, but my model's is torch.float32": lambda w: w.update({"norm.weight": torch.ones(3).long()}),
-    "is torch.float32, but my model's is torch.int64": lambda w: w.update({"norm.num_batches_tracked": torch.tensor(1.0)}),
+    "is torch.int64, but in this peer's model it is torch.float32": lambda w: w.update({"norm.weight": torch.ones(3).long()}),
+    "is torch.float32, but in this peer's model it is torch.int64": lambda w: w.update(
+        {"norm.num_batches_tracked": torch.tensor(1.0)}
+    ),
     "has shape ": swap,
 }
 

@@ -1,17 +1,13 @@
-"""benchmarks/step.py: that it measures what it says, on a model as small as can be."""
+"""benchmarks/step: that it measures what it says, on a model as small as can be."""
 
 import json
-import sys
 
 import pytest
-from fairseq_runs import ROOT
 from matplotlib import pyplot
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import step  # noqa: E402
-import step_scaling  # noqa: E402
-from step_method import PARTS, Method, Setting, Step, image_words, write_data  # noqa: E402
+from benchmarks.step import measure as step
+from benchmarks.step import scaling as step_scaling
+from benchmarks.step.method import PARTS, Method, Setting, Step, image_words, write_data
 
 TINY = Setting(
     "--task translation --arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16 "

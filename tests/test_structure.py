@@ -34,12 +34,12 @@ def net(**settings):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"heads": 4}, "its layers.*.num_heads is 2,4, but mine is 2"),
-    ({"activation": F.gelu}, "its layers.*.activation_fn is relu,gelu, but mine is relu"),
-    ({"before": False}, "its layers.*.normalize_before is True,False, but mine is True"),
-    ({"stride": 2}, "its layers.*.conv.stride is 1,2, but mine is 1"),
-    ({"act": nn.GELU(approximate="tanh")}, "its layers.*.act.approximate is none,tanh, but mine is none"),
-    ({"act": nn.ReLU()}, "its layers.*.act.class is GELU,ReLU, but mine is GELU"),
+    ({"heads": 4}, "its layers.*.num_heads is 2,4, but this peer's is 2"),
+    ({"activation": F.gelu}, "its layers.*.activation_fn is relu,gelu, but this peer's is relu"),
+    ({"before": False}, "its layers.*.normalize_before is True,False, but this peer's is True"),
+    ({"stride": 2}, "its layers.*.conv.stride is 1,2, but this peer's is 1"),
+    ({"act": nn.GELU(approximate="tanh")}, "its layers.*.act.approximate is none,tanh, but this peer's is none"),
+    ({"act": nn.ReLU()}, "its layers.*.act.class is GELU,ReLU, but this peer's is GELU"),
 ])  # fmt: skip
 def test_another_function_with_equal_tensors_is_told_by_the_setting(settings, words):
     mine, theirs = structure(net()), structure(net(**settings))
@@ -62,7 +62,7 @@ def test_what_may_differ_is_not_compared():
 def test_missing_positions_are_told():
     theirs = nn.Module()
     theirs.embed_positions = nn.Identity()
-    assert difference(structure(net()), structure(theirs)) == "its embed_positions is Identity, but mine is NoneType"
+    assert difference(structure(net()), structure(theirs)) == "its embed_positions is Identity, but this peer's is NoneType"
 
 
 def test_settings_of_fairseqs_own_models():
@@ -83,7 +83,7 @@ def test_a_peer_of_another_structure_is_refused_before_its_weights_are_read():
     other.begin(0, fingerprint(model()), {"num_heads": "4"})
     publish(other, 10)
     read, store.read = store.read, lambda name, limit: opened.append(name) or read(name, limit)
-    with pytest.raises(BadSnapshot, match="its num_heads is 4, but mine is 2; all peers must have the same model"):
+    with pytest.raises(BadSnapshot, match="its num_heads is 4, but this peer's is 2; all peers must have the same model"):
         fetch(one, 1, one.newest(1))
     assert opened == ["peer1/latest.json"]
     other.begin(0, fingerprint(model()))  # an older version does not tell

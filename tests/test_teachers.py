@@ -14,7 +14,7 @@ from test_criterion import Setting
 from torch import nn
 
 from fairseq_codistill import hook, teachers
-from fairseq_codistill.core.codistiller import Teaching
+from fairseq_codistill.core.teaching import Teaching
 
 LM = "--task language_modeling --arch transformer_lm --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --decoder-layers 1 "
 LM += "--decoder-attention-heads 2 --tokens-per-sample 32 --sample-break-mode eos"

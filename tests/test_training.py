@@ -97,6 +97,19 @@ def test_two_peers_teach_each_other_and_the_checkpoint_is_plain(data, tmp_path, 
     assert f"| nll_loss {nll:g} |" in validated, validated[-2000:]
 
 
+def test_by_default_the_first_epoch_is_cross_entropy_to_the_bit(data, tmp_path):
+    """What is seen for the first time cannot be over-fitted: α grows in, by a quarter in each epoch from the second on."""
+    run = "--max-epoch 3 --seed 1"
+    alone = Job(train_words(data, tmp_path / "alone", "--criterion cross_entropy", run))
+    options = f"--criterion codistill_ce --codistill-interval 2 --codistill-sync --codistill-wait 120 {run}"
+    ours = [job.finish() for job in start_peers(data, tmp_path, options)][0]
+    valid, plain = (column(log, "valid", "valid_loss") for log in (ours, alone.finish()))
+    assert len(valid) == 3 and valid[0] == plain[0] and valid[1] != plain[1]
+    alphas = {row["epoch"]: row["codistill_alpha"] for row in rows(ours, "train_inner") if row.get("codistill_alpha")}
+    assert alphas == pytest.approx({2: 0.3 * 1.1 / 4, 3: 0.3 * 1.21 / 2}, abs=1e-3)
+    assert "α is 0 in epoch 1 and grows in until epoch 5" in ours
+
+
 def test_its_nll_is_that_of_cross_entropy(data, tmp_path):
     """The checkpoint of a codistilled peer goes on under cross_entropy, with a step of length 0: it has the loss that was
     logged (fairseq-validate would take the checkpoint's own criterion)."""
@@ -137,8 +150,8 @@ def test_a_dead_peer_costs_only_its_teaching(data, tmp_path):
     assert column(log, "train_inner", "num_updates")[-1] == 12
 
 
-# Long enough for snapshots to travel while it runs: some hundred updates take a few seconds.
-BESIDE = f"{CODISTILL} --codistill-wait 120 --log-interval 10 --validate-interval 1000000 --save-interval-updates 100"
+# Long enough for snapshots to travel while it runs: a hundred updates take two seconds.
+BESIDE = f"{CODISTILL} --codistill-wait 120 --log-interval 10 --validate-interval 1000000 --save-interval-updates 50"
 
 
 def totals(log):
@@ -148,23 +161,23 @@ def totals(log):
 
 def test_exchanging_beside_the_training(data, tmp_path):
     """The default: nobody waits for anybody, and what the log says was exchanged lies there."""
-    logs = train_peers(data, tmp_path, BESIDE, "--max-update 400 --codistill-interval 40")
+    logs = train_peers(data, tmp_path, BESIDE, "--max-update 200 --codistill-interval 20")
     for peer, log in enumerate(logs):
         seen, other = totals(log), totals(logs[1 - peer])
         newest = json.loads((tmp_path / f"exchange/peer{peer}/latest.json").read_text())
-        assert newest["done"] and newest["update"] == 400 and newest["dtype"] == "bfloat16"
-        assert seen["updates"] == 400 and seen["failed"] == 0 and seen["published"] + seen["skipped"] == 11
+        assert newest["done"] and newest["update"] == 200 and newest["dtype"] == "bfloat16"
+        assert seen["updates"] == 200 and seen["failed"] == 0 and seen["published"] + seen["skipped"] == 11
         assert seen["published_bytes"] == seen["published"] * newest["bytes"]
         assert 0 <= seen["visible_s"] and 0 < seen["copy_s"] and 0 < seen["hidden_s"]
         assert 1 <= seen["read"] <= other["published"] and seen["read_bytes"] == seen["read"] * newest["bytes"]
         assert len(taught(log)) > 10 and log.count("learning from peer") >= 1
-        life = json.loads((tmp_path / f"exchange/peer{peer}/alive.json").read_text())
-        assert life["state"] == "ended" and life["updates"] == 400
+        heartbeat = json.loads((tmp_path / f"exchange/peer{peer}/alive.json").read_text())
+        assert heartbeat["state"] == "ended" and heartbeat["updates"] == 200
 
 
 def test_peers_come_late_die_come_back_and_finish_early(data, tmp_path):
     """A ring of three, in which each learns from the one before: 0 finishes early, 1 is killed and resumes, 2 comes late."""
-    lengths = ("--max-update 200", "--max-update 600", "--max-update 500")
+    lengths = ("--max-update 100", "--max-update 300", "--max-update 250")
 
     def start(peer):
         words = train_words(
@@ -174,7 +187,7 @@ def test_peers_come_late_die_come_back_and_finish_early(data, tmp_path):
         return Job(words, peer_environment(peer, 3, tmp_path / "exchange"))
 
     first = [start(0), start(1)]
-    first[1].wait_for('"num_updates": "200"')
+    first[1].wait_for('"num_updates": "100"')
     first[1].kill()
     late = start(2)
     late.wait_for('"num_updates": "50"')
@@ -182,8 +195,8 @@ def test_peers_come_late_die_come_back_and_finish_early(data, tmp_path):
     logs = [first[0].finish(), back.finish(), late.finish()]
     for log, length in zip(logs, lengths):
         assert column(log, "train_inner", "num_updates")[-1] == int(length.split()[1])
-    assert column(logs[1], "train_inner", "num_updates")[0] > 100, "it went on from its checkpoint"
-    assert "learning from peer 0 as of its update 200" in logs[1], "peer 0 has ended and still teaches"
+    assert column(logs[1], "train_inner", "num_updates")[0] > 50, "it went on from its checkpoint"
+    assert "learning from peer 0 as of its update 100" in logs[1], "peer 0 has ended and still teaches"
     assert "learning from peer 1" in logs[2] and len(taught(logs[2])) > 10
 
 
@@ -203,7 +216,8 @@ def test_sigterm_is_how_a_scheduler_stops_a_peer(data, tmp_path):
 def test_training_goes_on_where_nothing_can_be_published(data, tmp_path, trouble):
     """From its update 20 on peer 0 can write no more; it trains to the end all the same, and says so once for each."""
     folder = tmp_path / "exchange/peer0"
-    words = train_words(data, tmp_path / "peer0", CODISTILL, "--max-update 300 --codistill-interval 20 --no-save")
+    options = "--max-update 300 --codistill-interval 20 --no-save --disable-validation"
+    words = train_words(data, tmp_path / "peer0", CODISTILL, options)
     job = Job(words, peer_environment(0, 2, tmp_path / "exchange"))
     job.wait_for("published update 20")
     if trouble == "full disk":  # of its process: no file may grow beyond a snapshot's header

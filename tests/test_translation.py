@@ -202,8 +202,7 @@ def test_no_mean_of_half_the_peers(tmp_path):
 def test_the_number_of_weights_is_fairseqs(name):
     import fairseq
 
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import model_size
+    from benchmarks.communication import model_size
 
     if fairseq.__version__ == "0.12.2":
         pytest.skip("stock fairseq keeps every encoder layer's weights twice, for a fast path that today's torch refuses")

@@ -264,7 +264,7 @@ def test_the_newest_few_are_kept(bucket):
     exchange.leave()
     again = Exchange(open_store(f"{bucket}/run"), 0)
     again.join(RUN)
-    publish(again, 35)  # resumed: what an earlier life left is found and counted
+    publish(again, 35)  # resumed: what was left before the restart is found and counted
     kept = [name for name in again.store.names("peer0") if name.endswith(".safetensors")]
     assert kept == [f"u{update:09d}.safetensors" for update in (35, 40, 50)]
     again.forget()
@@ -536,7 +536,7 @@ def test_who_may_not_list_uploads_joins_all_the_same(proxy, bucket):
         _refuse() if method == "call_s3" else ask(method, *args, **options)
     )
     Exchange(store, 0).join(RUN)
-    assert Exchange(store, 0).presence(0).state == "waiting"
+    assert Exchange(store, 0).heartbeat(0).state == "waiting"
 
 
 def _refuse():

@@ -3,10 +3,10 @@
 import threading
 
 import pytest
+from test_background import SECONDS, Gate, background, publish
 from test_codistiller import codistiller, train
-from test_courier import SECONDS, Gate, courier, publish
 
-from fairseq_codistill.exchange import courier as courier_module
+from fairseq_codistill.exchange import background as background_module
 from fairseq_codistill.exchange.stores import MemoryStore
 from fairseq_codistill.exchange.worker import Worker
 
@@ -79,7 +79,7 @@ def test_threads_are_started_once(no_threads, caplog):
     train(me, 9, start=1)
     me.end(completed=True)
     newest = me.exchange.newest(0)
-    assert newest.update == 9 and newest.done and me.exchange.presence(0).state == "ended"
+    assert newest.update == 9 and newest.done and me.exchange.heartbeat(0).state == "ended"
     assert "thread" not in caplog.text
 
 
@@ -144,15 +144,15 @@ def test_the_training_thread_never_touches_the_storage(settings):
 
 @pytest.mark.parametrize("what", ["u00", "alive", "latest"])
 def test_a_storage_that_hangs_does_not_keep_the_training_from_ending(what, monkeypatch, caplog):
-    monkeypatch.setattr(courier_module, "_GOODBYE", 0.05)
-    monkeypatch.setattr(courier_module, "_SHORTEST_LIMIT", 0.1)
+    monkeypatch.setattr(background_module, "_STOP_SECONDS", 0.05)
+    monkeypatch.setattr(background_module, "_SHORTEST_LIMIT", 0.1)
     store = Gate()
     one = codistiller(store, 0, in_background=True)
     train(one, 4)
-    assert one._courier.drain(SECONDS)
+    assert one._background.drain(SECONDS)
     store.reading = store.writing = what  # from now on
     train(one, 6, start=4)
-    one._courier._heart.do(one._courier._give_sign)
+    one._background._heartbeat_worker.do(one._background._send_heartbeat)
     ended = threading.Event()
     threading.Thread(target=lambda: (one.end(completed=True), ended.set()), daemon=True).start()
     assert ended.wait(SECONDS)
@@ -161,7 +161,7 @@ def test_a_storage_that_hangs_does_not_keep_the_training_from_ending(what, monke
 
 
 def test_the_limit_grows_with_the_weights(monkeypatch):
-    one = courier(MemoryStore(), 0)
+    one = background(MemoryStore(), 0)
     assert one.limit == pytest.approx(30, abs=0.01)
     monkeypatch.setattr(one, "_buffer", type("Buffer", (), {"data": range(100_000_000)}))
     assert one.limit == 130
@@ -171,7 +171,7 @@ def test_the_limit_grows_with_the_weights(monkeypatch):
 
 def test_weights_that_cannot_be_copied_cost_one_snapshot(monkeypatch, caplog):
     store = MemoryStore()
-    one = courier(store, 0)
+    one = background(store, 0)
     with monkeypatch.context() as patch:
         patch.setattr(one._buffer, "fill", lambda weights: 1 / 0)
         assert not publish(one, 1) and one.totals.failed == 1

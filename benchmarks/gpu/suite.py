@@ -36,21 +36,24 @@ class Part(NamedTuple):
 def parts(results: Path, work: Path, data: Optional[Path], minutes: float) -> List[Part]:
     """Tests first, then what is timed, while nothing else runs; the training gets what is left of `minutes`."""
     python = [sys.executable]
-    tests = python + ["-m", "pytest", "-q", "-n", "4", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5", str(ROOT / "tests")]
+    files = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_fused.py")]
+    tests = python + ["-m", "pytest", "-q", "-n", "4", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5", *files]
     found = [Part("tests", tests, 6)]
     for setting, methods in (("transformer_base", STEP), ("transformer_big", STEP), ("resnet50", STEP_OF_IMAGES)):
         name = f"step_{setting}"
-        words = python + [str(ROOT / "benchmarks/step.py"), "--setting", setting, "--methods", *methods, "--rounds", "7"]
+        words = python + ["-m", "benchmarks.step.measure", "--setting", setting, "--methods", *methods, "--rounds", "7"]
         words += ["--out", str(results / f"{name}.json"), "--note", "make gpu"]
         found.append(Part(name, words, 2.5, f"{name}.md"))
-    words = python + [str(ROOT / "benchmarks/exchange_speed.py"), "--gpu", "--tokens", "2000", "--out", str(work / "exchange")]
+    words = python + ["-m", "benchmarks.exchange.speed", "--gpu", "--tokens", "2000", "--out", str(work / "exchange")]
     words += ["--interval", "50", "--pairs", "5", "--results", str(results / "exchange")]
     found.append(Part("exchange", words, 3, "exchange/results.txt"))
     if data:
         left = max(2.0, minutes - sum(part.minutes for part in found[1:]) - 2)
-        sweep = [str(ROOT / "recipes/translation/sweep.py"), "--recipe", str(ROOT / "recipes/tatoeba_de_en"), "--no-evaluate"]
-        sweep += ["--runs", str(ROOT / "recipes/tatoeba_de_en/gpu.txt"), "--seeds", "1", "--jobs", "8"]
-        sweep += ["--data", str(data), "--out", str(work / "runs"), "--results", str(results / "training")]
+        tatoeba = ROOT / "recipes/tatoeba_de_en"
+        sweep = [str(ROOT / "recipes/run.py"), "sweep", "--recipe", str(tatoeba), "--runs", str(tatoeba / "gpu.toml")]
+        sweep += ["--no-evaluate"]
+        sweep += ["--seeds", "1", "--jobs", "8", "--data", str(data), "--out", str(work / "runs")]
+        sweep += ["--results", str(results / "training")]
         found.append(Part("training", python + sweep, left))
         report = ["-m", "fairseq_codistill.report", str(results / "training"), "--out", str(results / "training/report")]
         found.append(Part("training_table", python + report, 1, "training/report/table.md"))

@@ -1,8 +1,8 @@
-"""Who teaches me now: holds the peers' stale copies, exchanges snapshots when due, and knows each one's age.
+"""The exchange protocol of a group: exchanges snapshots when due, and puts the peers' into the stale copies.
 
-Every rank of a data-parallel group has a codistiller; rank 0 alone has a courier, which touches the exchange. Its decision
-and the weights that it read are broadcast, so that all ranks hold the same peers at the same update; what is late is
-skipped by all of them together.
+Every rank of a data-parallel group has a codistiller; rank 0 alone has a background exchange, which moves the bytes. Its
+decision and the weights that it read are broadcast, so that all ranks hold the same peers at the same update. If rank 0
+has no new snapshot, no rank switches.
 Training never stops because of a peer: whatever is wrong with one is a warning, and costs at most its teaching.
 """
 
@@ -12,23 +12,24 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from ..exchange.courier import Courier
+from ..exchange.background import BackgroundExchange
 from ..exchange.exchange import SILENT_SECONDS, Exchange, Run
 from ..exchange.manifest import BadSnapshot, Manifest
 from ..exchange.snapshot import Weights, fingerprint, tensors_of
 from ..exchange.structure import structure
 from ..exchange.worker import Worker
 from . import group
+from .barrier import Barrier
 from .int8 import load
-from .meeting import Meeting
 from .replica import freeze, replica
 from .schedules import AlphaSchedule
+from .teaching import Held, Teachers, Teaching
 from .topology import Edge, learners_of, teachers_of
 
 logger = logging.getLogger(__name__)
@@ -39,44 +40,6 @@ _ANSWER = 300.0  # seconds for the storage to answer before training begins
 _READ = 60.0  # seconds to wait for the teachers' snapshots where the exchange goes on in the background
 
 
-@dataclass(frozen=True)
-class Teaching:
-    """What a training sample carries to the criterion: α, and the peers to learn from, each frozen and in eval mode.
-
-    Peers run only when their outputs are asked for, one after another; the criterion decides what it keeps of each.
-    """
-
-    alpha: float
-    peers: Sequence[nn.Module] = ()
-    staleness: float = 0.0  # updates, mean over the peers
-    names: Sequence[str] = ()  # of the peers, for messages
-
-    def outputs(self, net_input: Dict[str, Any]) -> Iterator[Tuple[nn.Module, Any]]:
-        """Each peer with what it predicts for `net_input`; no gradient is recorded."""
-        for peer in self.peers:
-            with torch.no_grad():
-                output = peer(**self.cast(peer, net_input))
-            yield peer, output
-
-    @staticmethod
-    def cast(peer: nn.Module, net_input: Dict[str, Any]) -> Dict[str, Any]:
-        """The input with its floats (images, speech) in the peer's precision."""
-        dtype = next((p.dtype for p in peer.parameters() if p.is_floating_point()), None)
-        return {name: _cast(value, dtype) for name, value in net_input.items()}
-
-    def of(self, part: str) -> Teaching:
-        """The same teaching by the sub-models `peer.models[part]`: one language pair of a multilingual model."""
-        return Teaching(self.alpha, [peer.models[part] for peer in self.peers], self.staleness, self.names)
-
-
-@dataclass
-class _Held:
-    """A peer as I hold it: its model, and the manifest of the weights that are in it."""
-
-    model: nn.Module
-    manifest: Manifest
-
-
 @dataclass
 class Codistiller:
     """Exchanges snapshots every `interval` updates and says, for each update, who teaches and how strongly.
@@ -85,7 +48,7 @@ class Codistiller:
     which a snapshot no longer teaches; `lockstep`: wait for the teachers' snapshot of the very same update;
     `wire_dtype`: what floats travel as (None: float32 as bfloat16, others as they are); `in_background`: exchange beside
     the training, unless in lockstep; `updates`: where training ends, if known; `needs_peers`: False for the smoothing
-    controls, which teach without a peer; `frozen`: offline teachers; `every`: of so many updates one is taught.
+    controls, which need no peer; `frozen`: offline teachers; `every`: distil on every k-th update only.
     """
 
     peer: int
@@ -111,74 +74,61 @@ class Codistiller:
     def __post_init__(self) -> None:
         self.epoch = 1
         self.valid_loss: Optional[float] = None
-        self.teaches_from: Optional[int] = 0  # an update; None: not yet known
         self.published: Optional[nn.Module] = None  # a model of the same shapes whose weights go out instead of the trained
-        self._model: Optional[nn.Module] = None
+        self._trained: Optional[nn.Module] = None
         self._update: Optional[int] = None
-        self._started = 0  # my first update in this life
-        self._held: Dict[int, _Held] = {}
+        self._started = 0  # first update since this start
+        self.teachers = Teachers(self.schedule, self.every, self.max_staleness, self.needs_peers, self.frozen)
         self._due: List[int] = []  # teachers of whom nothing new has come since the exchange was due
-        self._courier: Optional[Courier] = None  # rank 0's alone
-        self._meeting: Optional[Meeting] = None
-        self._mine = Worker()  # for my own folder of the exchange
+        self._moves: Optional[BackgroundExchange] = None  # rank 0's alone
+        self._waits: Optional[Barrier] = None
+        self._own_folder = Worker()  # for this peer's own folder of the exchange
         self._exchanged: Optional[float] = None  # when, by time.monotonic
         self._checkpoints = (0, 0)  # updates of the last checkpoint but one, and of the last
         self._left = False
 
-    # What the hook tells.
+    # Called by the hook.
 
     def join(self, run: Run) -> None:
         """Before training: agree with the other peers on the run. Raises ValueError, in one sentence, on every rank."""
         if self.exchange is not None:
-            group.by_rank_0(lambda: self._ask_mine(self.exchange.join, run))
+            group.by_rank_0(lambda: self._ask_own_folder(self._shared.join, run))
 
     def load_frozen(self, load: Callable[[], Sequence[nn.Module]]) -> None:
         """Before training: load the offline teachers, on every rank. Raises on all where it fails on one."""
-        self.frozen = group.by_all(load)
+        self.teachers.frozen = group.by_all(load)
 
     def begin_epoch(self, epoch: int, model: nn.Module) -> None:
         """`model`: the unwrapped one, on its device and in its dtype."""
-        self.epoch, self._model = epoch, model
-        if self.frozen:
+        self.epoch, self._trained = epoch, model
+        if self.teachers.frozen:
             group.by_all(self._freeze)
 
     def _freeze(self) -> None:
-        for teacher in self.frozen:
+        for teacher in self.teachers.frozen:
             freeze(teacher, next(self._model.parameters()).device, self.peer_dtype, _dtype_of(self._model))
 
     def checkpointed(self) -> None:
-        """A checkpoint is being written. Only the one before it is sure to be whole, should I be killed now."""
+        """A checkpoint is being written. Only the one before it is sure to be whole, should this process be killed now."""
         self._checkpoints = (self._checkpoints[1], (self._update + 1) if self._update is not None else 0)
 
     def teaching(self, update: int) -> Optional[Teaching]:
-        """Who teaches in this update (0, 1, …), or None: α is 0, nobody can, or it is not one of `every` so many.
+        """The peers that teach in this update (0, 1, …), or None: α is 0, no peer can, or `every` skips this update.
 
         Exchanges first, when that is due.
 
-        Asked again for the same update (micro-batches, a re-run), it exchanges nothing again.
+        Idempotent per update (micro-batches, a re-run).
         """
         if update != self._update:
             first, self._update = self._update is None, update
             if self.exchange is not None:
                 self._exchange_if_due(update, first)
-        alpha = self.schedule.at(self.epoch, update, self.teaches_from)
-        if alpha == 0 or update % self.every:
-            return None
-        if not self.needs_peers:
-            return Teaching(alpha)
-        if self.frozen:
-            return Teaching(alpha, self.frozen, names=[getattr(model, "codistill_name", "a teacher") for model in self.frozen])
-        fresh = {peer: held for peer, held in self._held.items() if self._may_teach(held, update)}
-        if not fresh:
-            return None
-        ages = [update - held.manifest.update for held in fresh.values()]
-        models = [held.model for held in fresh.values()]
-        return Teaching(alpha, models, sum(ages) / len(ages), [f"peer {peer}" for peer in fresh])
+        return self.teachers.at(self.epoch, update)
 
     def drain(self, seconds: float) -> None:
         """Wait for what is being published, but no longer than `seconds`; nothing new is begun."""
-        if self._courier is not None:
-            self._courier.drain(seconds)
+        if self._moves is not None:
+            self._moves.drain(seconds)
 
     @property
     def may_be_complete(self) -> bool:
@@ -190,65 +140,71 @@ class Codistiller:
         if self._left or self.exchange is None or not self._leads:
             return
         self._left = True
-        if self._courier is None:
+        if self._moves is None or self._update is None:
             with contextlib.suppress(OSError):
-                self._mine.ask(self.exchange.leave, seconds=1.0)
-            self._mine.stop()
+                self._own_folder.ask(self.exchange.leave, seconds=1.0)
+            self._own_folder.stop()
             return
-        self._courier.totals.updates = self._update + 1 - self._started
-        publish_last = lambda: self._publish(self._update + 1, done=True) if completed else None  # noqa: E731
-        self._courier.end("ended" if completed else "stopped", publish_last)
+        done = self._update + 1
+        self._background.totals.updates = done - self._started
+        publish_last = lambda: self._publish(done, done=True) if completed else None  # noqa: E731
+        self._background.end("ended" if completed else "stopped", publish_last)
 
-    # The exchange. Every rank of a group goes through it; only rank 0 has a courier.
+    # The exchange. Every rank of a group goes through it; only rank 0 has a background exchange.
 
     def _begin(self, update: int) -> None:
-        self._checkpoints = (update, update)  # what I resumed from is there
+        self._checkpoints = (update, update)  # the one that was resumed from is there
         self._started = update
         group.by_rank_0(lambda: self._begin_exchange(update))
-        self._meeting = Meeting(self.exchange, self._courier, self._teachers, self.sleep)
+        self._waits = Barrier(self._shared, self._moves, self._teacher_indices, self.sleep)
 
     def _begin_exchange(self, update: int) -> None:
         architecture = fingerprint(self._model)
-        past = self._ask_mine(self._past, update, architecture)
+        past = self._ask_own_folder(self._past, update, architecture)
         wire = self.wire_dtype or (torch.bfloat16 if _dtype_of(self._model) == torch.float32 else None)
-        self._courier = Courier(
-            self.exchange, self._teachers, architecture, tensors_of(self._model), wire,
-            self.in_background and not self.lockstep, self.updates, self.clock, self._mine,
+        self._moves = BackgroundExchange(
+            self._shared, self._teacher_indices, architecture, tensors_of(self._model), wire,
+            self.in_background and not self.lockstep, self.updates, self.clock, self._own_folder,
         )  # fmt: skip
-        self._courier.start()
+        self._background.start()
         self._warn_of_options(update, past)
 
     def _past(self, update: int, architecture: str) -> Optional[Manifest]:
-        """Begin at `update`; my last snapshot, of an earlier life, if there is one."""
+        """Begin at `update`; this peer's last snapshot before this start, if there is one."""
         past = None
         with contextlib.suppress(BadSnapshot):
-            past = self.exchange.newest(self.peer) if update else None
-        self.exchange.begin(update, architecture, structure(self._model))
+            past = self._shared.newest(self.peer) if update else None
+        self._shared.begin(update, architecture, structure(self._model))
         return past
 
     def _warn_of_options(self, update: int, past: Optional[Manifest]) -> None:
-        """Of what was hardly meant. It is said, and changes nothing."""
-        values = {"interval": self.interval, "every": self.every, "burn-in": self.schedule.burn_in}
-        for name, value in values.items() if self.updates else ():
-            if value >= self.updates:
+        """Warn of values that were hardly meant; nothing is changed."""
+        values, updates = {"interval": self.interval, "every": self.every, "burn-in": self.schedule.burn_in}, self.updates
+        for name, value in values.items() if updates else ():
+            if updates and value >= updates:
                 logger.warning(
-                    f"codistillation: --codistill-{name} is {value}, which is not below --max-update {self.updates}, so this "
-                    f"peer will learn nothing from the others; it must be far below, such as {max(1, self.updates // 10)}"
+                    f"codistillation: --codistill-{name} is {value}, which is not below --max-update {updates}, so this "
+                    f"peer will learn nothing from the others; it must be far below, such as {max(1, updates // 10)}"
                 )
+        if self.schedule.warmup:
+            logger.info(
+                f"codistillation: α is 0 in epoch 1 and grows in until epoch {self.schedule.warmup + 1} "
+                "(--codistill-alpha-warmup-epochs; 0: peers teach from the first exchange on)"
+            )
         with contextlib.suppress(Exception):  # an older version's manifest, or one that was tampered with
             change = self.schedule.change_from(past.options, self.epoch, update) if past is not None else None
-            if change is not None:
+            if past is not None and change is not None:
                 logger.warning(f"codistillation: since this run's snapshot of update {past.update}: {change}")
 
-    def _ask_mine(self, work: Callable, *args: Any) -> Any:
-        """Before training: what `work`, on my own folder, gives. Raises ValueError where the storage does not answer."""
-        if not self._mine.start():
+    def _ask_own_folder(self, work: Callable, *args: Any) -> Any:
+        """Before training: what `work`, on this peer's folder, gives. Raises ValueError where the storage does not answer."""
+        if not self._own_folder.start():
             return work(*args)
         try:
-            return self._mine.ask(work, *args, seconds=_ANSWER)
+            return self._own_folder.ask(work, *args, seconds=_ANSWER)
         except TimeoutError:
             raise ValueError(
-                f"codistill_dir must be storage that answers, but {self.exchange.store} has not answered for {_ANSWER:g} s; "
+                f"codistill_dir must be storage that answers, but {self._shared.store} has not answered for {_ANSWER:g} s; "
                 "is its server down, or was another directory meant?"
             ) from None
 
@@ -266,64 +222,64 @@ class Codistiller:
         else:
             self._reload()
         if self._leads:
-            self._courier.totals.visible_s += time.perf_counter() - start - (self._asked_for_seconds() - asked_for)
+            self._background.totals.visible_s += time.perf_counter() - start - (self._asked_for_seconds() - asked_for)
             if first:
-                self._courier.watch()
+                self._background.watch()
 
     def _exchange(self, update: int, first: bool) -> None:
         if self._leads:
             try:
                 self._show(update, first)
-            except Exception as error:  # the other ranks wait for me
+            except Exception as error:  # the other ranks wait for this one
                 logger.warning(f"codistillation: at update {update} nothing was published: {error}; training goes on")
         if first and self.wait:
-            self._meeting.await_first_snapshots(self.wait)
-        self._due = list(self._teachers)
+            self._barrier.await_first_snapshots(self.wait)
+        self._due = list(self._teacher_indices)
         if not self.lockstep:
             self._reload(first)
         # In lockstep a run resumed between two exchanges goes back to what was held there.
         elif update >= self.interval:
-            self._meeting.meet(update - update % self.interval, self.wait or LOCKSTEP_WAIT)
+            self._barrier.await_update(update - update % self.interval, self.wait or LOCKSTEP_WAIT)
             self._reload(True, update - update % self.interval)
 
     def _show(self, update: int, first: bool) -> None:
-        """To the others: where I am, and my weights."""
+        """Heartbeat, and the weights when they are due."""
         now = time.monotonic()
-        seconds, self._exchanged = None if first else now - self._exchanged, now
-        self._courier.at(update, {peer: held.manifest.update for peer, held in self._held.items()}, seconds)
+        seconds, self._exchanged = None if first or self._exchanged is None else now - self._exchanged, now
+        self._background.at(update, self.teachers.updates(), seconds)
         if update % self.interval == 0:
             self._publish(update, done=False)
 
     def _publish(self, update: int, done: bool) -> None:
         needed_from = self._needed_from if self.lockstep else None
-        model = self._model if self.published is None else self.published
-        self._courier.publish(
-            tensors_of(model), update, needed_from, epoch=self.epoch, fingerprint=self._courier.fingerprint,
+        self._background.publish(
+            tensors_of(self._model if self.published is None else self.published), update, needed_from,
+            epoch=self.epoch, fingerprint=self._background.fingerprint,
             model=self.model_config, time=self.clock(), valid_loss=self.valid_loss,
             resumes_from=self._checkpoints[0], done=done, options=self.schedule.options(),
         )  # fmt: skip
 
-    def _needed_from(self) -> int:
-        """Of my snapshots, the earliest that a learner in lockstep may still ask for, while others would wait for it."""
+    def _needed_from(self) -> Optional[int]:
+        """Of this peer's snapshots, the earliest that a learner in lockstep may still ask for, while the others would wait."""
         learners, patience = learners_of(self.peer, self.edges), max(self.wait or LOCKSTEP_WAIT, SILENT_SECONDS)
-        return self.exchange.needed_from(learners, self.interval, patience)
+        return self._shared.needed_from(learners, self.interval, patience)
 
     def _reload(self, look: bool = False, update: Optional[int] = None) -> None:
-        """Put what the courier has ready into the peers, on every rank. `look`: read now what is there, of `update`."""
+        """Put the snapshots that are ready into the peers, on every rank. `look`: read now what is there, of `update`."""
         if self._due and (look or not self.in_background):
-            self._meeting.read(self._due, update, (self.wait or LOCKSTEP_WAIT) if self.lockstep else _READ)
+            self._barrier.read(self._due, update, (self.wait or LOCKSTEP_WAIT) if self.lockstep else _READ)
         news: List[Tuple[int, Manifest, Weights]] = []
         if self._leads:
             for teacher in self._due:
-                found = self._courier.take(teacher)
+                found = self._background.take(teacher)
                 if found is not None:
                     news.append((teacher, *found))
-            self._courier.warn_of_silent(self._due, self._update)
+            self._background.warn_missing(self._due, self._update or 0)
         for peer, manifest in group.share([(peer, manifest) for peer, manifest, _ in news]):
             self._take(peer, manifest, next((weights for p, _, weights in news if p == peer), None))
             self._due.remove(peer)
         if news:
-            self._courier.holds({peer: held.manifest.update for peer, held in self._held.items()})
+            self._background.holds(self.teachers.updates())
 
     def _take(self, peer: int, manifest: Manifest, weights: Optional[Weights]) -> None:
         """Put a snapshot into the peer's model; ranks other than 0 get the tensors from rank 0.
@@ -335,48 +291,62 @@ class Codistiller:
         except Exception as error:
             model, reason = None, f"{type(error).__name__}: {error}"  # and not the error, whose frames hold the memory
         if not group.all_well(model is not None, next(self._model.parameters()).device):
-            self._held.pop(peer, None)
+            self.teachers.held.pop(peer, None)
             logger.warning(
                 f"codistillation: peer {peer}: its snapshot of update {manifest.update} could not be loaded ({reason}); "
                 "training goes on without it until its next one"
             )
             return
+        assert model is not None, "all ranks are well"
         if group.is_grouped():
             for tensor in tensors_of(model).values():
                 dist.broadcast(tensor, src=0)
-        self._held[peer] = _Held(model, manifest)
+        self.teachers.held[peer] = Held(model, manifest.update)
         if self._leads:
-            self._courier.totals.copy_s += time.perf_counter() - start
+            self._background.totals.copy_s += time.perf_counter() - start
         logger.info(f"codistillation: learning from peer {peer} as of its update {manifest.update}")
 
     def _filled(self, peer: int, weights: Optional[Weights]) -> nn.Module:
-        held = self._held.get(peer)
+        held = self.teachers.held.get(peer)
         model = held.model if held else replica(self._model, self.peer_dtype)
         if weights is not None:
             load(model, weights)
         return model
 
-    # Small questions.
+    # Small questions. The first four are for what is there from the first update on.
+
+    @property
+    def _shared(self) -> Exchange:
+        assert self.exchange is not None, "without peers nothing is exchanged"
+        return self.exchange
+
+    @property
+    def _model(self) -> nn.Module:
+        assert self._trained is not None, "begin_epoch comes first"
+        return self._trained
+
+    @property
+    def _background(self) -> BackgroundExchange:
+        assert self._moves is not None, "rank 0 alone moves snapshots, from its first update on"
+        return self._moves
+
+    @property
+    def _barrier(self) -> Barrier:
+        assert self._waits is not None, "the first update comes first"
+        return self._waits
 
     def _asked_for_seconds(self) -> float:
         """Copying weights, and waiting where that was asked for: not counted as visible."""
-        return self._courier.totals.copy_s + self._courier.totals.waited_s if self._leads else 0.0
+        return self._background.totals.copy_s + self._background.totals.waited_s if self._leads else 0.0
 
     @property
     def _leads(self) -> bool:
         return group.leads()
 
     @property
-    def _teachers(self) -> List[int]:
+    def _teacher_indices(self) -> List[int]:
         return teachers_of(self.peer, self.edges)
-
-    def _may_teach(self, held: _Held, update: int) -> bool:
-        return self.max_staleness is None or update - held.manifest.update <= self.max_staleness
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
-def _cast(value: Any, dtype: Optional[torch.dtype]) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and dtype else value

@@ -1,7 +1,7 @@
 """Output layer, cross entropy and distance in one pass over chunks of positions: no [positions × V] tensor ever exists.
 
 Value and gradient are computed together, forwards, so that a chunk's logits can be dropped before the next chunk's are
-made: mine, each peer's, then ∂loss/∂logits, which goes straight into ∂loss/∂features and ∂loss/∂weight. Peers take turns
+made: own, each peer's, then ∂loss/∂logits, which goes straight into ∂loss/∂features and ∂loss/∂weight. Peers take turns
 inside a chunk: memory does not grow with their number. `losses` says slowly what this computes, and is what it is tested
 against.
 
@@ -66,7 +66,7 @@ class Sums(NamedTuple):
     loss: Tensor
     nll: Tensor  # of the labels as they are, whatever the smoothing
     distance: Tensor
-    agreement: Tensor  # positions at which a peer's top class is mine, mean over the peers
+    agreement: Tensor  # positions at which a peer's top class is the model's, mean over the peers
     dropped: Tensor  # of each peer, the positions at which it may not teach (see `guard`)
     gate: Tensor  # the positions' weights, mean over the peers; 0 without a gate
     rdrop: Tensor  # symmetric KL between the two passes; 0 without R-Drop
@@ -86,7 +86,7 @@ def fused(
 
 
 def agrees(peer_NV: Tensor, own_top_N: Tensor) -> Tensor:
-    """Whether no class has a higher score with the peer than my top class: booleans [N]."""
+    """Whether no class has a higher score with the peer than the model's top class: booleans [N]."""
     return peer_NV.gather(-1, own_top_N.unsqueeze(-1)).squeeze(-1) >= peer_NV.amax(-1)
 
 
@@ -138,11 +138,11 @@ class _Run:
         self.dropped = weight_VC.new_zeros(peers, dtype=torch.long)
         self.to_features: List[Tensor] = []
         self.to_weight_VC = torch.zeros_like(weight_VC, dtype=self.wide) if needed[1] else None
-        self.to_bias_V = torch.zeros_like(bias_V, dtype=self.wide) if needed[2] else None
+        self.to_bias_V = torch.zeros_like(bias_V, dtype=self.wide) if needed[2] and bias_V is not None else None
 
     def chunk(self, features_nC: Tensor, target_n: Tensor, peers) -> None:
         """Add the positions of a chunk; with two passes those of both, for which the peers are asked once."""
-        own = _Own(F.linear(features_nC, self.weight_VC, self.bias_V).to(self.wide))
+        own = _OwnLogits(F.linear(features_nC, self.weight_VC, self.bias_V).to(self.wide))
         agreement: List[Tensor] = []
         dropped: List[Tensor] = []
         behind: List[Tensor] = []
@@ -200,10 +200,11 @@ class _Run:
             to_features.div_(self.scale)
             if self.to_weight_VC is not None:
                 self.to_weight_VC.div_(self.scale)
-        sums = (self.nll, self.distance, self.agreement, self.dropped, self.gate)
+        sums = [self.nll, self.distance, self.agreement, self.dropped, self.gate, self.all_classes]
         if self.objective.passes > 1:
-            sums, self.all_classes = tuple(x / self.objective.passes for x in sums), self.all_classes / self.objective.passes
-        cross_entropy = self.own * sums[0] + self.other * self.all_classes if self.objective.smoothing else sums[0]
+            sums = [value / self.objective.passes for value in sums]
+        *sums, all_classes = sums
+        cross_entropy = self.own * sums[0] + self.other * all_classes if self.objective.smoothing else sums[0]
         loss = cross_entropy + self.objective.alpha * sums[1]
         if self.objective.rdrop:
             loss = loss + self.objective.rdrop * self.apart
@@ -211,8 +212,8 @@ class _Run:
         return (loss, *sums, self.apart), gradients
 
 
-class _Own:
-    """My logits of a chunk, with what several parts need of them."""
+class _OwnLogits:
+    """The model's own logits of a chunk, with what several parts need of them."""
 
     def __init__(self, logits_nV: Tensor) -> None:
         self.logits_nV = logits_nV
@@ -240,7 +241,7 @@ class _Own:
 
 
 def _distance(
-    objective: Objective, own: _Own, peers, behind: List[Tensor], dropped: List[Tensor], gate: Optional[Gate]
+    objective: Objective, own: _OwnLogits, peers, behind: List[Tensor], dropped: List[Tensor], gate: Optional[Gate]
 ) -> Tuple[Tensor, Tensor]:  # fmt: skip
     """D [n] and ∂D/∂logits [n, V], for the logits that `peers` yields one after another, each with its `guard.behind` at the
     end of `behind`. `dropped`: see `losses`."""
@@ -259,6 +260,7 @@ def _distance(
         dropped.append(bad_n)
         total = _plus(total, both, _weights(name, own, log_prob_n, temperature, bad_n, gate))
         del teacher_nV, both
+    assert total is not None, "a distance needs at least one peer"
     count = len(dropped)
     return total[0] / count, total[1].mul_(factor / count)
 
@@ -283,7 +285,7 @@ def _log_prob(name: str, teacher_nV: Tensor, target_n: Tensor) -> Tensor:
 
 
 def _weights(
-    name: str, own: _Own, log_prob_n: Optional[Tensor], temperature: float, bad_n: Tensor, gate: Optional[Gate]
+    name: str, own: _OwnLogits, log_prob_n: Optional[Tensor], temperature: float, bad_n: Tensor, gate: Optional[Gate]
 ) -> Optional[Tensor]:  # fmt: skip
     if gate is None or log_prob_n is None:
         return None
@@ -292,7 +294,8 @@ def _weights(
 
 
 def _usable(
-    name: str, own: _Own, value_n: Tensor, gradient_nV: Tensor, behind_n: Optional[Tensor] = None, temperature: float = 1.0
+    name: str, own: _OwnLogits, value_n: Tensor, gradient_nV: Tensor, behind_n: Optional[Tensor] = None,
+    temperature: float = 1.0,
 ) -> Tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """D and its gradient, 0 in the rows that were dropped; and which these are."""
     if DISTANCES[name].bounded:
@@ -304,7 +307,7 @@ def _usable(
 
 
 def _to_mean(
-    name: str, own: _Own, teachers, temperature: float, factor: float, behind: List[Tensor], dropped: List[Tensor],
+    name: str, own: _OwnLogits, teachers, temperature: float, factor: float, behind: List[Tensor], dropped: List[Tensor],
     gate: Optional[Gate],
 ) -> Tuple[Tensor, Tensor]:  # fmt: skip
     """As `_distance`, to the mean of the peers' rows that are usable."""
@@ -315,6 +318,7 @@ def _to_mean(
         guard.zeroed(dropped[-1], teacher_nV)
         mean_nV = teacher_nV if mean_nV is None else mean_nV.add_(teacher_nV)
         del teacher_nV
+    assert mean_nV is not None, "a distance needs at least one peer"
     usable.mean(mean_nV)
     log_prob_n = None if gate is None else _log_prob(name, mean_nV, gate.target_N)
     value_n, gradient_nV, bad_n = _usable(name, own, *_CLOSED[name][1](own, mean_nV, temperature))
@@ -338,24 +342,24 @@ def _probs(peer_nV: Tensor, temperature: float) -> Tensor:
     return (peer_nV if temperature == 1.0 else peer_nV.div_(temperature)).softmax(-1)
 
 
-def _mse(own: _Own, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+def _mse(own: _OwnLogits, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
     difference_nV = torch.sub(own.logits_nV, peer_nV, out=peer_nV)
     return _dot(difference_nV, difference_nV) / difference_nV.size(-1), difference_nV
 
 
-def _centered_mse(own: _Own, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+def _centered_mse(own: _OwnLogits, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
     difference_nV = torch.sub(own.logits_nV, peer_nV, out=peer_nV)
     difference_nV.sub_(difference_nV.mean(-1, keepdim=True))
     return _dot(difference_nV, difference_nV) / difference_nV.size(-1), difference_nV
 
 
-def _ce(own: _Own, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+def _ce(own: _OwnLogits, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
     probs_nV, log_total_n = own.at(temperature)
     value_n = log_total_n - _dot(peer_nV, own.logits_nV) / temperature
     return value_n * temperature**2, torch.sub(probs_nV, peer_nV, out=peer_nV)
 
 
-def _kl(own: _Own, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+def _kl(own: _OwnLogits, peer_nV: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
     entropy_n = torch.special.entr(peer_nV).sum(-1)
     value_n, gradient_nV = _ce(own, peer_nV, temperature)
     return value_n - entropy_n * temperature**2, gradient_nV

@@ -38,7 +38,7 @@ class Gate:
 
     def mean(self) -> Tensor:
         """The mean weight of each position over the peers, [N]."""
-        return sum(self.weights) / len(self.weights)
+        return torch.stack(self.weights).mean(0)
 
 
 def gate_of(kind: str, target_N: Tensor) -> Optional[Gate]:

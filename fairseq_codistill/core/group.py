@@ -59,8 +59,8 @@ def by_all(action: Callable[[], Any]) -> Any:
         error = raised
     words = [None if error is None else f"{type(error).__name__}: {error}"]
     if is_grouped():
-        mine, words = words[0], [None] * dist.get_world_size()
-        dist.all_gather_object(words, mine)
+        own, words = words[0], [None] * dist.get_world_size()
+        dist.all_gather_object(words, own)
     if error is not None:
         raise error
     for rank, said in enumerate(words):

@@ -3,10 +3,10 @@
 A row is dropped when its distance is not finite, and when two things are true of it at once:
 
 * it pulls harder than a target could: ‖∂D/∂logits‖ > √2·τ, the most that a cross entropy reaches;
-* the peer's logits lie farther from mine than twice the size of my own (without their mean, where the mean has no effect).
+* the peer's logits lie farther from the model's own than twice their size (without their mean, where the mean has no effect).
 
 `ce`, `kl` and `js` never pull that hard, but follow a peer wherever it points. Of them a row is dropped in which the peer finds
-its own top class e^50 times as likely as mine: a trained model is not that sure, one whose weights have exploded is.
+its own top class e^50 times as likely as the model's: a trained model is not that sure, one whose weights have exploded is.
 
 Peers of one age keep the squared distances and `reverse_kl` below it, too; a
 fresh student beside a trained teacher with few classes can lose rows until its own logits have grown.
@@ -26,7 +26,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 PULL = 2.0  # the square of the hardest pull of a cross entropy at τ = 1
-FAR = 4.0  # the square of: twice my own logits' size
+FAR = 4.0  # the square of: twice the own logits' size
 SURE = 50.0  # nats, at τ = 1
 _LOOK = 100  # taught updates between looks at a GPU's counts, each of which waits for the GPU
 
@@ -39,7 +39,7 @@ def size(logits_NV: Tensor, centred: bool) -> Tensor:
 def unusable(
     value_N: Tensor, pull_N: Tensor, apart: Callable[[], Tensor], own_NV: Tensor, centred: bool, temperature: float = 1.0
 ) -> Tensor:  # fmt: skip
-    """The rows to drop, booleans [N]. `pull_N`: ‖∂D/∂logits‖²; `apart` gives the `size` of my logits less the peer's."""
+    """The rows to drop, booleans [N]. `pull_N`: ‖∂D/∂logits‖²; `apart` gives the `size` of the own logits less the peer's."""
     # Not "greater": what is no number is dropped as well.
     strong_N = ~(pull_N <= PULL * temperature**2)
     if not own_NV.is_cuda and not strong_N.any():  # as ever; a GPU would have to be waited for
@@ -62,7 +62,7 @@ def squared_unfit(own_NV: Tensor, peer_NV: Tensor, centred: bool) -> Tensor:
 
 
 def behind(peer_NV: Tensor, own_top_N: Tensor) -> Tensor:
-    """By how much my top class has a lower logit with the peer than the peer's own, [N]: 0 where both agree."""
+    """By how much the model's own top class has a lower logit with the peer than the peer's own, [N]: 0 where both agree."""
     return peer_NV.amax(-1) - peer_NV.gather(-1, own_top_N.unsqueeze(-1)).squeeze(-1)
 
 
@@ -90,14 +90,16 @@ class Usable:
         self.count += 1
 
     def mean(self, sum_NV: Tensor) -> Tensor:
-        """Of what good peers summed up to: in place. 0 where nobody is good."""
+        """Of what good peers summed up to: in place. 0 where no peer is good."""
         sum_NV.div_(self.count)
+        assert self.bad_N is not None, "no peer was added"
         if sum_NV.is_cuda or self.bad_N.any():
             sum_NV.mul_((self.count / (self.count - self.bad_N).clamp_min(1)).to(sum_NV.dtype).unsqueeze(-1))
         return sum_NV
 
     def weigh(self, rows: Tensor) -> Tensor:
         """D or its gradient, to their mean, in place: a dropped peer adds 0 to the mean over all, as in `pairwise`."""
+        assert self.bad_N is not None, "no peer was added"
         if rows.is_cuda or self.bad_N.any():
             share_N = ((self.count - self.bad_N) / self.count).to(rows.dtype)
             rows.mul_(share_N.view(-1, *[1] * (rows.dim() - 1)))
@@ -130,7 +132,7 @@ class Warner:
                 self._warned.add(name)
                 logger.warning(
                     f"codistillation: {name} teaches nothing at {dropped:.0f} of {positions:.0f} positions: its predictions "
-                    "there are not finite, or so far from mine that they would pull harder than a target can, or surer than "
-                    "a trained model is. It may have diverged; training goes on, and codistill_dropped in the log is the share "
-                    "of such positions"
+                    "there are not finite, or so far from this peer's that they would pull harder than a target can, or surer "
+                    "than a trained model is. It may have diverged; training goes on, and codistill_dropped in the log is the "
+                    "share of such positions"
                 )

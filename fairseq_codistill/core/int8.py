@@ -39,9 +39,9 @@ def quantise(model: nn.Module) -> nn.Module:
     done: Dict[int, parametrize.ParametrizationList] = {}
     for module, name, weight in found:
         parametrize.register_parametrization(module, name, RowsIn8Bits(), unsafe=True)
-        mine = module.parametrizations[name]
-        first = done.setdefault(id(weight), mine)
-        mine.original0, mine.original1 = first.original0, first.original1
+        own = _parametrization(module, name)
+        first = done.setdefault(id(weight), own)
+        own.original0, own.original1 = first.original0, first.original1
     return model
 
 
@@ -55,5 +55,12 @@ def load(model: nn.Module, weights: Dict[str, Tensor]) -> None:
                 continue
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
-            scale = module.parametrizations[leaf].original1
+            scale = _parametrization(module, leaf).original1
+            assert isinstance(scale, Tensor)
             setattr(module, leaf, tensor.to(scale.device, scale.dtype))
+
+
+def _parametrization(module: nn.Module, name: str) -> parametrize.ParametrizationList:
+    found = module.get_submodule(f"parametrizations.{name}")
+    assert isinstance(found, parametrize.ParametrizationList)
+    return found

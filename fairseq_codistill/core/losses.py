@@ -1,4 +1,4 @@
-"""Distances between my predictions and a peer's: the papers' equations, one value per position, no reduction.
+"""Distances between a model's own predictions and a peer's: the papers' equations, one value per position, no reduction.
 
 Shapes: N positions (target tokens, or images), V classes. `own_NV` and `peer_NV` are logits; any scores that differ from
 them by a constant in each row (such as log-probabilities) give the same value, except for `mse`.

@@ -25,7 +25,7 @@ def output_layer(model: nn.Module, net_input: Dict[str, Any], is_output: Callabl
 
     Runs the model once, on the first of the batch, in evaluation: nothing of it changes, nor do random numbers. Without
     autocast, which would keep the weights that it casts here, without a gradient, for the training forward that follows.
-    `is_output(net_output, logits)` has a last word, such as whether these are logits.
+    `is_output(net_output, logits)` may veto, such as when these are no logits.
     """
     calls: List = []
     candidates = [module for module in model.modules() if _projects(module)]
@@ -68,6 +68,7 @@ def projection(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """What a linear layer with this weight computes in, here and now: autocast's dtype under --amp."""
     device = weight.device.type
+    dtype: Callable[[str], torch.dtype]
     if hasattr(torch, "get_autocast_dtype"):
         active, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype
     elif weight.is_cuda:  # torch before 2.4

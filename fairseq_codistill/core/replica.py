@@ -1,4 +1,4 @@
-"""A peer's model in my process: a frozen copy of mine, to be filled with the peer's weights."""
+"""A peer's model in this process: a frozen copy of the trained one, to be filled with the peer's weights."""
 
 from __future__ import annotations
 

@@ -56,18 +56,23 @@ def alpha_at(
     milestones: Sequence[float] = (),
     maximum: Optional[float] = None,
     burn_in: int = 0,
+    warmup: int = 0,
     warmup_updates: int = 0,
     until: Optional[int] = None,
 ) -> float:
     """α for this epoch and update (0, 1, …): 0 before update `burn_in` (Anil et al., Algorithm 1), never above `maximum`.
     It is 0 again from update `until` on: with until = 500, update 499 is the last that is taught.
 
-    With `warmup_updates` it grows from there by a straight line, to its full size after so many updates. With a constant α = 1,
+    It grows in over the first `warmup` epochs, being multiplied by (epoch − 1) / warmup at most 1. With 4: 0 in epoch 1, a
+    quarter in epoch 2, three quarters in epoch 4, all of it from epoch 5 on.
+
+    With `warmup_updates` it grows in from update `burn_in` on, to its full size after so many updates. With a constant α = 1,
     burn_in = 100 and warmup_updates = 50: updates 0–100 → 0, 101 → 0.02, 125 → 0.5, 149 → 0.98, 150– → 1.
     """
     if update < burn_in or (until is not None and update >= until):
         return 0.0
     value = ALPHA_SCHEDULES[schedule](epoch, alpha=alpha, gamma=gamma, step=step, milestones=milestones)
+    value *= min(1.0, (epoch - 1) / warmup) if warmup else 1.0
     value = value if maximum is None else min(value, maximum)
     return value if update >= burn_in + warmup_updates else value * (update - burn_in) / warmup_updates
 
@@ -83,6 +88,7 @@ class AlphaSchedule:
     milestones: Sequence[float] = ()
     maximum: Optional[float] = None
     burn_in: int = 0
+    warmup: int = 0
     warmup_updates: int = 0
     until: Optional[int] = None
 
@@ -92,7 +98,7 @@ class AlphaSchedule:
             return 0.0
         return alpha_at(
             self.name, epoch, update, alpha=self.alpha, gamma=self.gamma, step=self.step,
-            milestones=self.milestones, maximum=self.maximum, burn_in=max(begin, self.burn_in),
+            milestones=self.milestones, maximum=self.maximum, burn_in=max(begin, self.burn_in), warmup=self.warmup,
             warmup_updates=self.warmup_updates, until=self.until,
         )  # fmt: skip
 
@@ -117,7 +123,7 @@ class AlphaSchedule:
 _OPTIONS = {
     "name": "codistill_alpha_schedule", "alpha": "codistill_alpha", "gamma": "codistill_gamma", "step": "codistill_alpha_step",
     "milestones": "codistill_milestones", "maximum": "codistill_alpha_max", "burn_in": "codistill_burn_in",
-    "warmup_updates": "codistill_alpha_warmup", "until": "codistill_until",
+    "warmup": "codistill_alpha_warmup_epochs", "warmup_updates": "codistill_alpha_warmup", "until": "codistill_until",
 }  # fmt: skip
 
 

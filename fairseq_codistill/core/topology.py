@@ -45,7 +45,7 @@ def _read_edges(path: str, peers: int) -> Set[Edge]:
                 edges.add(_edge(words, f"{path}, line {number}", peers))
     for peer in range(peers):
         if not teachers_of(peer, edges):
-            raise ValueError(f"{path} has no edge to peer {peer}, which then learns from nobody; did you forget a line?")
+            raise ValueError(f"{path} has no edge to peer {peer}, which then has no teacher; did you forget a line?")
     return edges
 
 

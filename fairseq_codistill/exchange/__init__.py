@@ -4,6 +4,6 @@
     stores                           a folder (directory_store, lock_file), an object store (url_store) or memory
     structure, run, membership       may these peers teach each other; which run is it; whose index is it
     exchange                         publish and read
-    worker, courier                  the same beside the training, in threads
-    observer                         who takes part, for `codistill-launch status`
+    worker, background               the same beside the training, in threads
+    reader                         who takes part, for `codistill-launch status`
 """

@@ -13,7 +13,7 @@ import os
 import secrets
 import stat
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 from . import lock_file
 from .manifest import BadSnapshot
@@ -65,7 +65,7 @@ class DirectoryStore:
         self.root = os.path.abspath(root)
         self._claims: Dict[str, _Claim] = {}
 
-    def read(self, name: str, limit: int) -> Optional[bytes]:
+    def read(self, name: str, limit: int) -> Union[bytes, bytearray, None]:
         for _ in range(_STALE_TRIES):
             try:
                 return self._read(name, limit)
@@ -223,10 +223,10 @@ def _whole(descriptor: int, name: str, size: int, limit: int) -> bytearray:
 
 def _check_is(descriptor: int, folder: _Folder, last: str, name: str) -> None:
     """Raises OSError unless `last` is the open file: somebody could have put a link or a file of theirs in its place."""
-    mine, found = os.fstat(descriptor), folder.look(last)
+    opened, found = os.fstat(descriptor), folder.look(last)
     # A file system over an object store gives a renamed file another inode.
-    alike = mine.st_dev == found.st_dev and mine.st_uid == found.st_uid and mine.st_size == found.st_size
-    if not os.path.samestat(mine, found) and not (alike and stat.S_ISREG(found.st_mode) and found.st_nlink <= 1):
+    alike = opened.st_dev == found.st_dev and opened.st_uid == found.st_uid and opened.st_size == found.st_size
+    if not os.path.samestat(opened, found) and not (alike and stat.S_ISREG(found.st_mode) and found.st_nlink <= 1):
         where = name.rpartition("/")[0] or "the directory"
         raise PermissionError(errno.EPERM, f"somebody puts other files in the place of those that are written to {where}")
 

@@ -17,9 +17,9 @@ import time
 from dataclasses import replace as replace_fields
 from typing import Any, Callable, Dict, Iterable, List, Optional, Union
 
-from .manifest import MANIFEST_LIMIT, BadSnapshot, Manifest, Presence, file_name, manifest_name
+from .liveness import BEAT, SILENT_SECONDS, folder_of, host_name
+from .manifest import MANIFEST_LIMIT, BadSnapshot, Heartbeat, Manifest, file_name, manifest_name
 from .membership import IndexTaken, Membership
-from .others import BEAT, SILENT_SECONDS, folder_of, host_name
 from .run import Run
 from .snapshot import Buffer, Weights, check_manifest, decode, describe
 from .stores import two_peers
@@ -40,23 +40,23 @@ class Exchange:
         self, store: Any, peer: int, sleep: Callable[[float], None] = time.sleep, restarted: bool = False
     ) -> None:
         self.store, self.peer = store, peer
-        self.structure: Dict[str, str] = {}  # my model's, see `structure`
+        self.structure: Dict[str, str] = {}  # of this peer's model, see `structure`
         self._membership = Membership(store, peer, sleep, restarted)
-        self._kept: List[int] = []  # my own snapshots' updates, in the order of writing
+        self._kept: List[int] = []  # updates of this peer's snapshots, in the order of writing
         self._torn: Optional[int] = None  # the update of an attempt to publish that failed
-        self._last: Optional[Manifest] = None  # what I have published in this life
+        self._last: Optional[Manifest] = None  # what was published since this start
         self._publishing = threading.Lock()
 
-    # Who takes part.
+    # Membership.
 
     def join(self, run: Run) -> None:
-        """Agree with the other peers on `run`, and claim my index. Raises ValueError, in one sentence."""
+        """Agree with the other peers on `run`, and claim this peer's index. Raises ValueError, in one sentence."""
         try:
             self._membership.join(run)
             self._kept = self._left_behind()
             self._making_room(self._membership.appear)
             self._membership.check_seeds()
-        except IndexTaken:  # somebody else came at the same moment
+        except IndexTaken:  # another process came at the same moment
             self.leave()
             raise ValueError(two_peers(self._folder, str(self._membership.taken))) from None
         except OSError as error:
@@ -67,7 +67,7 @@ class Exchange:
             raise
 
     def begin(self, update: int, fingerprint: str, structure: Optional[Dict[str, str]] = None) -> None:
-        """My training starts at `update`. Raises ValueError when my folder holds what cannot be this training's past."""
+        """Training starts at `update`. Raises ValueError when this peer's folder holds what cannot be this training's past."""
         self.structure = structure or {}
         self._membership.begin()
         past = self._past()
@@ -83,26 +83,26 @@ class Exchange:
                 self._membership.begin_new_run()
             if past is not None and (update == 0 or self._is_of_another_run(past)):
                 self.forget()
-            elif past is not None and past.done:  # it goes on after all: a peer in lockstep must wait for me again
+            elif past is not None and past.done:  # it goes on after all: a peer in lockstep must wait for this one again
                 self.store.write(f"{self._folder}/latest.json", replace_fields(past, done=False).to_json())
         except OSError as error:
             raise self._not_writable(error) from None
 
     def forget(self) -> None:
-        """Remove all snapshots of mine."""
+        """Remove all snapshots of this peer."""
         for name in self.store.names(self._folder):
             if name == "latest.json" or (name.startswith("u") and name.endswith((".json", ".safetensors"))):
                 self.store.remove(f"{self._folder}/{name}")
         self._kept = []
 
     def leave(self) -> None:
-        """Give my index back. Does not raise."""
+        """Give the index back. Does not raise."""
         self._membership.leave()
 
-    def beat(self, presence: Presence) -> None:
-        """Show that I live. Raises OSError, and IndexTaken where another process has my index."""
-        self._membership.beat(presence)
-        # A new run may have begun beside me. What I am publishing just now looks for itself.
+    def beat(self, heartbeat: Heartbeat) -> None:
+        """Write the heartbeat. Raises OSError, and IndexTaken where another process has this peer's index."""
+        self._membership.beat(heartbeat)
+        # Another peer may have begun a new run. What is being published just now looks for itself.
         if self._last is not None and self._publishing.acquire(blocking=False):
             try:
                 if self._is_of_another_run(self._last):
@@ -110,9 +110,9 @@ class Exchange:
             finally:
                 self._publishing.release()
 
-    def presence(self, peer: int) -> Optional[Presence]:
+    def heartbeat(self, peer: int) -> Optional[Heartbeat]:
         """The last heartbeat of `peer`, None before its first. Raises BadSnapshot."""
-        return self._membership.presence(peer)
+        return self._membership.heartbeat(peer)
 
     # Snapshots.
 
@@ -122,7 +122,7 @@ class Exchange:
         """Write a snapshot, then its manifest, then forget old ones, but not what learners need from `needed_from` on.
 
         `facts`: the manifest's other fields. Raises BadSnapshot for weights that are not finite, OSError for a full or
-        failing store, IndexTaken where another process has my index; in each case no reader sees anything half done.
+        failing store, IndexTaken where another process has this peer's index; in each case no reader sees anything half done.
         """
         with self._publishing:
             self._membership.check_index()
@@ -132,7 +132,7 @@ class Exchange:
             self._remove(self._torn)
             self._torn = update
             self._making_room(lambda: self.store.write(f"{self._folder}/{manifest.file}", buffer.data))
-            self._membership.check_index()  # that may have taken long, or I was paused meanwhile
+            self._membership.check_index()  # that may have taken long, or this process was paused meanwhile
             self._membership.follow()
             manifest = self._making_room(lambda: self._tell(manifest))
             self._torn = None
@@ -162,14 +162,14 @@ class Exchange:
 
     def needed_from(self, learners: Iterable[int], interval: int, patience: float) -> Optional[int]:
         """The earliest update at which a learner would resume if it died now, as a multiple of `interval`; None if nobody
-        needs any. One that has ended, or has shown no life for `patience` seconds, needs none."""
+        needs any. One that has ended, or has written no heartbeat for `patience` seconds, needs none."""
         updates = []
         for learner in learners:
             manifest = None
             with contextlib.suppress(BadSnapshot):
                 manifest = self.newest(learner)
             is_over = manifest is not None and manifest.done
-            if not is_over and self._membership.others.silent_for(learner) <= patience:
+            if not is_over and self._membership.liveness.silent_for(learner) <= patience:
                 updates.append(manifest.resumes_from if manifest else 0)
         return min(updates) // interval * interval if updates else None
 
@@ -191,7 +191,7 @@ class Exchange:
 
     def _of_this_run(self, peer: int, manifest: Optional[Manifest]) -> Optional[Manifest]:
         if manifest is not None and peer != self.peer and self._is_of_another_run(manifest):
-            self._membership.follow()  # it may be I who is behind
+            self._membership.follow()  # this peer may be the one that is behind
             if self._is_of_another_run(manifest):
                 raise BadSnapshot("it is of an earlier run")
         return manifest
@@ -201,7 +201,7 @@ class Exchange:
         return None not in ids and ids[0] != ids[1]
 
     def _tell(self, manifest: Manifest) -> Manifest:
-        """Write the manifest, in the name of the run that I am in."""
+        """Write the manifest, under the id of this peer's run."""
         manifest = replace_fields(manifest, run=self._membership.run_id)
         for name in (manifest_name(manifest.update), "latest.json"):
             self.store.write(f"{self._folder}/{name}", manifest.to_json())
@@ -209,7 +209,7 @@ class Exchange:
         return manifest
 
     def _left_behind(self) -> List[int]:
-        """The updates of the snapshots that I published in an earlier life, the newest last; what a killed publish left is
+        """The updates of the snapshots that were published before this start, the newest last; what a killed publish left is
         removed."""
         self.store.sweep(self._folder)
         found = [_SNAPSHOT.fullmatch(name) for name in self.store.names(self._folder)]
@@ -217,7 +217,7 @@ class Exchange:
         return sorted((int(match[1]) for match in found if match), key=lambda u: (past is not None and u == past.update, u))
 
     def _making_room(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns. On a full disk my older snapshots go, one after another, but never the newest."""
+        """What `action` returns. On a full disk this peer's older snapshots go, one after another, but never the newest."""
         while True:
             try:
                 return action()

@@ -1,4 +1,4 @@
-"""The file `lock` of a peer's folder: one live process of this host holds it, for as long as it lives.
+"""The file `lock` of a peer's folder: one live process of this host holds it, for as long as it runs.
 
 It lies where others may write, so it is opened without following a link, without truncating what lies there, and without
 waiting for a pipe.
@@ -47,13 +47,13 @@ def take(folder: int, name: str) -> Optional[int]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(two_peers(name, holder)) from None
             return None  # a file system without locks
-        mine = os.fstat(descriptor)
+        opened = os.fstat(descriptor)
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(mine, _look(folder)):
-                _MINE.add((mine.st_dev, mine.st_ino))
-                _sign(descriptor, mine)
+            if os.path.samestat(opened, _look(folder)):
+                _MINE.add((opened.st_dev, opened.st_ino))
+                _sign(descriptor, opened)
                 return descriptor
-        os.close(descriptor)  # it was removed before we had it: who comes next would lock another one
+        os.close(descriptor)  # it was removed before it was locked: the next process would lock another one
     raise OSError(errno.EBUSY, f"{name}/lock is removed again and again")
 
 

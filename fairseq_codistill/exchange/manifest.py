@@ -1,4 +1,4 @@
-"""What a peer says of itself, as JSON (format 1): a snapshot's manifest, and that the peer is alive. No torch needed.
+"""What a peer says of itself, as JSON (format 1): a snapshot's manifest, and its heartbeat. No torch needed.
 
 What comes from another peer is data: nothing is executed, and whatever is wrong with it is a `BadSnapshot`, in one sentence.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, Optional
 
 FORMAT = 1
+Bytes = bytes  # since a manifest has a field of that name
 STATES = ("waiting", "training", "ended", "stopped")
 MANIFEST_LIMIT = 1 << 20  # bytes; a manifest is small, and is read before anything is known of its writer
 _FILE_NAME = re.compile(r"u\d{9}\.safetensors", re.ASCII)
@@ -49,11 +50,11 @@ class Manifest:
     run: Optional[str] = None
     structure: Dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def to_json(self) -> bytes:
+    def to_json(self) -> Bytes:
         return sealed(dataclasses.asdict(self))
 
     @staticmethod
-    def from_json(data: bytes) -> Manifest:
+    def from_json(data: Bytes) -> Manifest:
         """Raises BadSnapshot unless every field is there, of its type, and in its range."""
         manifest = Manifest(**_fields_of(data, Manifest, _CHECKS, "manifest"))
         if manifest.file != file_name(manifest.update):
@@ -82,7 +83,7 @@ def _fields_of(data: bytes, kind: type, checks: Dict[str, Callable[[Any], bool]]
         raise BadSnapshot(f"the {what} must be a JSON object, but is a {type(fields).__name__}")
     if fields.get("format") != FORMAT or type(fields["format"]) is not int:
         raise BadSnapshot(f"the {what}'s format must be {FORMAT}, but is {_shown(fields, 'format')}")
-    known = {field.name for field in dataclasses.fields(kind)}
+    known = {_key(field): field.name for field in dataclasses.fields(kind)}
     # A later version may add fields; that is no reason to lose a teacher.
     fields = {name: value for name, value in fields.items() if name in known}
     for name, good in checks.items():
@@ -90,7 +91,12 @@ def _fields_of(data: bytes, kind: type, checks: Dict[str, Callable[[Any], bool]]
             raise BadSnapshot(f"the {what}'s {name} must not be {_shown(fields, name)}")
     if not whole:
         raise BadSnapshot(f"the {what} is damaged: its digest is not that of its fields")
-    return fields
+    return {known[name]: value for name, value in fields.items()}
+
+
+def _key(field: dataclasses.Field) -> str:
+    """A field's name in the file."""
+    return field.metadata.get("key", field.name)
 
 
 def _shown(fields: Dict[str, Any], name: str) -> str:
@@ -110,7 +116,7 @@ def _count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _number(value: object) -> bool:
+def _number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
 
 
@@ -159,13 +165,14 @@ def manifest_name(update: int) -> str:
 
 
 @dataclass(frozen=True)
-class Presence:
-    """A sign of life, `peer0/alive.json`, renewed every few seconds. Only a change of `beat` proves anything: `time`
-    (seconds since 1970) is by the writer's clock, which may be days off. `life`: one for each start of the process;
+class Heartbeat:
+    """`peer0/alive.json`, renewed every few seconds. Only a change of `beat` proves anything: `time`
+    (seconds since 1970) is by the writer's clock, which may be days off. `start_id`: a random one for each start of
+    the process (`life` in the file);
     `updates`: where training ends, if known; `speed`: updates per second; `teachers`: update held of each peer; `run`: the id
     of its run, and `seed`, both unknown of an older version."""
 
-    life: str
+    start_id: str = dataclasses.field(metadata={"key": "life"})
     beat: int
     state: str  # waiting, training, ended (completed), stopped
     host: str
@@ -180,15 +187,15 @@ class Presence:
     seed: Optional[int] = None
 
     def to_json(self) -> bytes:
-        return sealed(dataclasses.asdict(self))
+        return sealed({_key(field): getattr(self, field.name) for field in dataclasses.fields(self)})
 
     @staticmethod
-    def from_json(data: bytes) -> Presence:
+    def from_json(data: bytes) -> Heartbeat:
         """Raises BadSnapshot unless every field is there, of its type, and in its range."""
-        return Presence(**_fields_of(data, Presence, _PRESENCE_CHECKS, "sign of life"))
+        return Heartbeat(**_fields_of(data, Heartbeat, _HEARTBEAT_CHECKS, "heartbeat"))
 
 
-_PRESENCE_CHECKS = {
+_HEARTBEAT_CHECKS = {
     "life": _text,
     "beat": _count,
     "state": lambda v: v in STATES,

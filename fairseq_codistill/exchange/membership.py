@@ -1,7 +1,7 @@
-"""One peer's membership in a run: agreeing with the others, holding an index, showing life, and which run it is.
+"""One peer's membership in a run: agreement with the other peers, the claim of an index, the heartbeat, and the run's id.
 
 A run has a random id in run.json. A peer that begins at update 0 where it has a past, and finds nobody training, begins a
-new run under another id; what lies there of the old one teaches nobody. All live peers follow what run.json says, so that
+new run under another id; nobody learns from what lies there of the old one. All live peers follow what run.json says, so that
 two that begin at the same moment end with one id.
 """
 
@@ -15,8 +15,8 @@ import time
 from dataclasses import replace
 from typing import Any, Callable, List, Optional
 
-from .manifest import FORMAT, MANIFEST_LIMIT, BadSnapshot, Manifest, Presence
-from .others import GOODBYES, SILENT_SECONDS, Others, folder_of, host_name
+from .liveness import FINAL_STATES, SILENT_SECONDS, Liveness, folder_of, host_name
+from .manifest import FORMAT, MANIFEST_LIMIT, BadSnapshot, Heartbeat, Manifest
 from .run import Run, in_words, other_making, other_setting
 from .stores import two_peers
 
@@ -27,7 +27,7 @@ _OWN_RUN = "did you forget to give this run a --codistill-dir of its own, or"
 
 
 class IndexTaken(ValueError):
-    """Another process has my index: I publish nothing more."""
+    """Another process has this peer's index, so this one publishes nothing more."""
 
 
 class Membership:
@@ -35,20 +35,25 @@ class Membership:
 
     def __init__(self, store: Any, peer: int, sleep: Callable[[float], None], restarted: bool) -> None:
         self.store, self.peer, self.folder = store, peer, folder_of(peer)
-        self.others = Others(store, sleep)
+        self.liveness = Liveness(store, sleep)
         self.run_id: Optional[str] = None
-        self.life = secrets.token_hex(8)  # of this start of the process
-        self.taken: Optional[str] = None  # by whom my index has been taken
+        self.start_id = secrets.token_hex(8)  # of this start of the process
+        self.taken: Optional[str] = None  # which process has taken this peer's index
         self._sleep, self._restarted = sleep, restarted
-        self._mine: Optional[Run] = None  # what I agree to
+        self._joined: Optional[Run] = None  # what this peer was started with
         self._claimed = False
-        self._changed = False  # I have changed what the run agrees on
-        self._before: Optional[str] = None  # the life that had my index before me
-        self._state: Optional[str] = None  # as of my last heartbeat
+        self._changed = False  # whether this peer has changed what the run agrees on
+        self._before: Optional[str] = None  # the process that had this index before
+        self._state: Optional[str] = None  # as of the last heartbeat
+
+    @property
+    def _own(self) -> Run:
+        assert self._joined is not None, "join comes first"
+        return self._joined
 
     def join(self, run: Run) -> None:
-        """Agree on `run`, and claim my index. Raises ValueError, in one sentence; OSError."""
-        self._mine = run
+        """Agree on `run`, and claim this peer's index. Raises ValueError, in one sentence; OSError."""
+        self._joined = run
         self._agree()
         locked = self.store.claim(self.folder)
         self._claimed = True
@@ -56,58 +61,58 @@ class Membership:
         self._agree()  # somebody may have changed it meanwhile
 
     def appear(self, state: str = "waiting") -> None:
-        """The first heartbeat, or one that says goodbye for a peer that never trained. Raises OSError, IndexTaken."""
-        self.beat(Presence(self.life, 0 if state == "waiting" else 1, state, host_name(), os.getpid(), time.time()))
+        """The first heartbeat, or the last one of a peer that never trained. Raises OSError, IndexTaken."""
+        self.beat(Heartbeat(self.start_id, 0 if state == "waiting" else 1, state, host_name(), os.getpid(), time.time()))
 
     def check_seeds(self) -> None:
-        """Raises ValueError where a living peer of this run has my seed. Each tells its own before it looks at the others."""
-        seed = self._mine.seed
+        """Raises ValueError where a live peer of this run has the same seed. Each writes its own before it reads others'."""
+        seed = self._own.seed
         same = lambda found: found is not None and found.seed == seed and found.run == self.run_id  # noqa: E731
-        living = None if seed is None else self.others.living(self._peers(self._mine), same)
-        if living is not None:
+        alive = None if seed is None else self.liveness.find_alive(self._peers(self._own), same)
+        if alive is not None:
             raise ValueError(
                 f"Peers must have different seeds, since equal ones make equal models, which teach each other nothing, but "
-                f"peer {living} and this peer {self.peer} have --seed {seed}; did you forget to give each its own, far apart?"
+                f"peer {alive} and this peer {self.peer} have --seed {seed}; did you forget to give each its own, far apart?"
             )
 
     def begin(self) -> None:
-        """Training begins: is it still the run that I joined? Raises ValueError."""
-        theirs = self._read_run() if self._mine is not None else None
+        """Training begins: is it still the run that was joined? Raises ValueError."""
+        theirs = self._read_run() if self._joined is not None else None
         if theirs is not None:
-            label = other_making(self._mine, theirs) or other_setting(self._mine, theirs)
+            label = other_making(self._own, theirs) or other_setting(self._own, theirs)
             if label is not None:
                 raise ValueError(f"{self._differs(label, theirs)}; {_OWN_RUN} to stop all peers first?")
             self.run_id = theirs.id
             self.check_seeds()
 
     def is_new_run(self, past: Optional[Manifest]) -> bool:
-        """Whether I, at update 0, begin another run: I have a past in this one, or have changed it, and nobody trains in it."""
-        if self._mine is None or self._restarted or (past is None and not self._changed):
+        """Whether this peer, at update 0, begins another run: it has a past here, or has changed the run, and nobody trains."""
+        if self._joined is None or self._restarted or (past is None and not self._changed):
             return False
         if past is not None and None not in (past.run, self.run_id) and past.run != self.run_id:
             return False  # somebody has begun it already
         trains = lambda found: found is not None and found.state == "training" and found.run == self.run_id  # noqa: E731
-        return self.others.living(self._peers(self._mine), trains) is None
+        return self.liveness.find_alive(self._peers(self._own), trains) is None
 
     def begin_new_run(self) -> None:
         """Raises OSError."""
-        run = self._mine.renewed()
+        run = self._own.renewed()
         self.store.write("run.json", run.to_json())
         self.run_id = run.id
         logger.info(f"codistillation: nobody trains in {self.store}, so a new run begins there; what is older teaches nobody")
 
     def follow(self) -> None:
         """Follow whoever has begun a new run."""
-        theirs = self._read_run() if self._mine is not None else None
+        theirs = self._read_run() if self._joined is not None else None
         self.run_id = theirs.id if theirs is not None and theirs.id is not None else self.run_id
 
     def check_index(self) -> None:
-        """Raises IndexTaken where another process has my index: it thought me dead while I was paused, and there were no
-        locks to tell it better."""
-        if self._mine is None:
+        """Raises IndexTaken where another process has this peer's index: it took this one for dead while it was paused, and
+        there were no locks to show otherwise."""
+        if self._joined is None:
             return
-        found = None if self.taken else self._presence_or_none()
-        if found is not None and found.life not in (self.life, self._before):
+        found = None if self.taken else self._heartbeat_or_none()
+        if found is not None and found.start_id not in (self.start_id, self._before):
             self.taken = f"process {found.pid} on {found.host}"
         if self.taken:
             raise IndexTaken(
@@ -115,17 +120,17 @@ class Membership:
                 "nothing more"
             )
 
-    def beat(self, presence: Presence) -> None:
-        """Show that I live. Raises OSError, IndexTaken."""
+    def beat(self, heartbeat: Heartbeat) -> None:
+        """Write the heartbeat. Raises OSError, IndexTaken."""
         self.check_index()
         self.follow()
-        told = replace(presence, life=self.life, run=self.run_id, seed=self._mine.seed if self._mine else None)
+        told = replace(heartbeat, start_id=self.start_id, run=self.run_id, seed=self._joined.seed if self._joined else None)
         self.store.write(f"{self.folder}/alive.json", told.to_json())
-        self._state = presence.state
+        self._state = heartbeat.state
 
     def leave(self) -> None:
-        """Give my index back. Does not raise."""
-        if self._state == "waiting":  # nobody else says goodbye for a peer that never trained
+        """Give the index back. Does not raise."""
+        if self._state == "waiting":  # nobody else writes the last heartbeat of a peer that never trained
             with contextlib.suppress(OSError, ValueError):
                 self.appear("stopped")
         self._state = None
@@ -133,25 +138,25 @@ class Membership:
             self._claimed = False
             self.store.release(self.folder)
 
-    def presence(self, peer: int) -> Optional[Presence]:
+    def heartbeat(self, peer: int) -> Optional[Heartbeat]:
         """The last heartbeat of `peer`, None before its first. Raises BadSnapshot."""
         data = self.store.read(f"{folder_of(peer)}/alive.json", MANIFEST_LIMIT)
-        return None if data is None else Presence.from_json(data)
+        return None if data is None else Heartbeat.from_json(data)
 
     def _agree(self) -> None:
-        """On what run.json says, which I write if it is missing, and change if nobody else lives."""
+        """On what run.json says: it is written if missing, and changed if no other peer is alive."""
         theirs = self._standing_run()
-        label = other_making(self._mine, theirs)
+        label = other_making(self._own, theirs)
         if label is not None:
             raise ValueError(f"{self._differs(label, theirs)}; {_OWN_RUN} to preprocess all peers' data with one dictionary?")
-        if other_setting(self._mine, theirs) is not None:
-            living = self.others.living(self._peers(self._mine, theirs), lambda found: True)
-            theirs = self._standing_run()  # who lives may just have changed it, as I would
-            label = other_setting(self._mine, theirs)
-            if label is not None and living is not None:
-                raise ValueError(f"{self._differs(label, theirs)}, and peer {living} runs; {_OWN_RUN} to stop all peers first?")
+        if other_setting(self._own, theirs) is not None:
+            alive = self.liveness.find_alive(self._peers(self._own, theirs), lambda found: True)
+            theirs = self._standing_run()  # a live peer may just have changed it in the same way
+            label = other_setting(self._own, theirs)
+            if label is not None and alive is not None:
+                raise ValueError(f"{self._differs(label, theirs)}, and peer {alive} runs; {_OWN_RUN} to stop all peers first?")
             if label is not None:
-                theirs = replace(self._mine, id=theirs.id)
+                theirs = replace(self._own, id=theirs.id)
                 self.store.write("run.json", theirs.to_json())
                 self._changed = True
                 logger.info(f"codistillation: nobody else runs in {self.store}, which is now for {in_words(theirs)}")
@@ -160,14 +165,14 @@ class Membership:
     def _differs(self, label: str, theirs: Run) -> str:
         return (
             f"All peers of a run must have the same {label}, but {self.store} was begun with {in_words(theirs)} and this peer "
-            f"has {in_words(self._mine)}"
+            f"has {in_words(self._own)}"
         )
 
     def _standing_run(self) -> Run:
-        """What run.json says; mine if there was none. Raises ValueError, OSError."""
+        """What run.json says; this peer's own run if there was none. Raises ValueError, OSError."""
         reason = ""
         if self._read_run() is None:
-            self.store.write("run.json", self._mine.renewed().to_json(), replace=False)
+            self.store.write("run.json", self._own.renewed().to_json(), replace=False)
         for look in range(_RUN_LOOKS):
             try:
                 return Run.from_json(self.store.read("run.json", MANIFEST_LIMIT) or b"")
@@ -191,21 +196,21 @@ class Membership:
         return [peer for peer in range(max(run.peers for run in runs)) if peer != self.peer]
 
     def _watch_for_another(self, locked: bool) -> None:
-        """Without locks, a peer that claims to live must fall silent before I take its index. No clock is compared.
+        """Without locks, a peer that claims to be alive must fall silent before its index is taken. No clock is compared.
 
         A lock proves nothing about another host: some mounts keep their locks to themselves.
         """
-        first = self._presence_or_none()
-        self._before = first.life if first is not None else None
-        if first is None or first.state in GOODBYES or (locked and first.host == host_name()):
+        first = self._heartbeat_or_none()
+        self._before = first.start_id if first is not None else None
+        if first is None or first.state in FINAL_STATES or (locked and first.host == host_name()):
             return
         for _ in range(int(SILENT_SECONDS)):
             self._sleep(1.0)
-            if self._presence_or_none() != first:
+            if self._heartbeat_or_none() != first:
                 raise ValueError(two_peers(self.folder, f"process {first.pid} on {first.host}"))
 
-    def _presence_or_none(self) -> Optional[Presence]:
+    def _heartbeat_or_none(self) -> Optional[Heartbeat]:
         try:
-            return self.presence(self.peer)
+            return self.heartbeat(self.peer)
         except BadSnapshot:
             return None

@@ -75,19 +75,19 @@ _MADE_OF = {
 _CHANGEABLE = {"peers": "number of peers", "interval": "--codistill-interval", "lockstep": "--codistill-sync"}
 
 
-def other_making(mine: Run, theirs: Run) -> Optional[str]:
+def other_making(own: Run, theirs: Run) -> Optional[str]:
     """What of the run's making is not the same; None if all of it is."""
-    return _first_difference(mine, theirs, _MADE_OF)
+    return _first_difference(own, theirs, _MADE_OF)
 
 
-def other_setting(mine: Run, theirs: Run) -> Optional[str]:
+def other_setting(own: Run, theirs: Run) -> Optional[str]:
     """Which of the settings is not the same that may be changed when all peers start again; None if all are."""
-    return _first_difference(mine, theirs, _CHANGEABLE)
+    return _first_difference(own, theirs, _CHANGEABLE)
 
 
-def _first_difference(mine: Run, theirs: Run, labels: Dict[str, str]) -> Optional[str]:
+def _first_difference(own: Run, theirs: Run, labels: Dict[str, str]) -> Optional[str]:
     for name, label in labels.items():
-        both = getattr(mine, name), getattr(theirs, name)
+        both = getattr(own, name), getattr(theirs, name)
         if both[0] != both[1] and (None not in both or name in _ALWAYS):
             return label
     return None

@@ -109,7 +109,7 @@ class Buffer:
         self.dtype = self._layout.dtype
         self._on_gpu = any(tensor.is_cuda for tensor in expected.values())
         self._file = torch.empty(self._layout.bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
-        self.data = memoryview(self._file.numpy())
+        self.data = memoryview(self._file.numpy())  # type: ignore[arg-type]
         self.data[: len(self._layout.head)] = self._layout.head
         self._views = self._layout.views(self._file)
 
@@ -187,10 +187,10 @@ def size_limit(expected: Weights) -> int:
 
 
 def check_manifest(manifest: Manifest, fingerprint: str, expected: Weights) -> None:
-    """Before the file is read: is it of my architecture, and can it be as large as it says? Else BadSnapshot."""
+    """Before the file is read: is it of this peer's architecture, and can it be as large as it says? Else BadSnapshot."""
     if manifest.fingerprint != fingerprint:
         raise BadSnapshot(
-            f"its architecture (fingerprint {manifest.fingerprint[:20]!r}) is not mine ({fingerprint}); "
+            f"its architecture (fingerprint {manifest.fingerprint[:20]!r}) is not this peer's ({fingerprint}); "
             "all peers must have the same model"
         )
     if manifest.bytes > size_limit(expected):
@@ -200,12 +200,12 @@ def check_manifest(manifest: Manifest, fingerprint: str, expected: Weights) -> N
 def decode(data: bytes, manifest: Manifest, expected: Weights) -> Weights:
     """The tensors of a snapshot, believed only if size, checksum, names, shapes, kinds and values are as promised.
 
-    `expected`: my own model's tensors, for names and shapes. Raises BadSnapshot, in one sentence.
+    `expected`: tensors of this peer's model, for names and shapes. Raises BadSnapshot, in one sentence.
     """
     if len(data) != manifest.bytes:
         raise BadSnapshot(f"it has {len(data)} bytes, but its manifest promises {manifest.bytes}")
-    mine = _in_my_layout(data, manifest, expected)
-    weights, found, bad = mine or (None, checksum(data), None)
+    own = _in_own_layout(data, manifest, expected)
+    weights, found, bad = own or (None, checksum(data), None)
     if found != manifest.checksum:
         raise BadSnapshot("its checksum is not the one that its manifest promises")
     _refuse_not_finite(bad)
@@ -213,20 +213,20 @@ def decode(data: bytes, manifest: Manifest, expected: Weights) -> Weights:
     scales = {name: weights.pop(name + _SCALE) for name in expected if name + _SCALE in weights}
     if weights.keys() != expected.keys():
         odd = sorted(weights.keys() ^ expected.keys())[0]
-        raise BadSnapshot(f"its tensors are not my model's: {odd[:80]!r} stands on one side only")
+        raise BadSnapshot(f"its tensors are not those of this peer's model: {odd[:80]!r} stands on one side only")
     for name, tensor in weights.items():
         _check_kind(name, tensor, expected[name], scales.get(name))
-    if mine is None:
+    if own is None:
         _check_finite({**weights, **scales})
     scaled = {n: weights[n].float() * scale.view(-1, *[1] * (weights[n].dim() - 1)) for n, scale in scales.items()}
     _check_finite(scaled)
     return {**weights, **scaled}
 
 
-def _in_my_layout(data: bytes, manifest: Manifest, expected: Weights) -> Optional[Tuple[Weights, str, Optional[str]]]:
-    """What `data` holds, without a copy, if it is laid out as I would write it: tensors, checksum, who is not finite.
+def _in_own_layout(data: bytes, manifest: Manifest, expected: Weights) -> Optional[Tuple[Weights, str, Optional[str]]]:
+    """What `data` holds, without a copy, if it is laid out as this peer would write it: tensors, checksum, those not finite.
 
-    A header equal to mine to the bit has my names, shapes and places, and none of it needs to be believed.
+    If the header equals this peer's own to the bit, parsing is skipped: names, shapes and places are known.
     """
     wire = getattr(torch, manifest.dtype, None) if manifest.dtype in _WIRES else None
     if wire is None or not isinstance(data, bytearray):  # torch wants memory that it might write to
@@ -247,14 +247,15 @@ def _in_any_layout(data: bytes) -> Weights:
 
 def _check_kind(name: str, tensor: Tensor, expected: Tensor, scale: Optional[Tensor]) -> None:
     if tensor.shape != expected.shape:
-        raise BadSnapshot(f"{name!r} has shape {str(tuple(tensor.shape))[:80]}, but my model's has {tuple(expected.shape)}")
+        shape = str(tuple(tensor.shape))[:80]
+        raise BadSnapshot(f"{name!r} has shape {shape}, but this peer's model has {tuple(expected.shape)}")
     if scale is not None:
         scaled = expected.is_floating_point() and expected.dim() > 1 and tensor.dtype == torch.int8
         same = scaled and scale.dtype == torch.float32 and scale.shape == expected.shape[:1]
     else:
         same = tensor.dtype in _FLOATS if expected.is_floating_point() else tensor.dtype == expected.dtype
     if not same:
-        raise BadSnapshot(f"{name!r} is {tensor.dtype}, but my model's is {expected.dtype}")
+        raise BadSnapshot(f"{name!r} is {tensor.dtype}, but in this peer's model it is {expected.dtype}")
 
 
 def _check_finite(weights: Weights) -> None:

@@ -1,7 +1,7 @@
 """What a model computes beyond the names and shapes of its tensors: heads, activations, where it normalises, strides.
 
 Two models with equal tensors and another number of heads cannot teach each other, and nothing else would tell. The module
-tree is asked, not the options: options differ for reasons that are nobody's business (dropout, folders, seeds), and each
+tree is asked, not the options: options differ for reasons that are irrelevant here (dropout, folders, seeds), and each
 model has its own. Only attributes that are known to change the function are compared, and only where both sides have them,
 so that another version of fairseq is no reason to refuse a teacher.
 """
@@ -35,11 +35,11 @@ def structure(model: Any) -> Dict[str, str]:
     return {place: value[:200] for place, value in sorted(together.items())[:_MOST]}
 
 
-def difference(mine: Dict[str, str], theirs: Dict[str, str]) -> Optional[str]:
-    """The first setting in which another model is not mine, in words; None where nothing tells them apart."""
-    for place in sorted(mine.keys() & theirs.keys()):
-        if mine[place] != theirs[place]:
-            return f"its {plain(place)} is {plain(theirs[place], 60)}, but mine is {plain(mine[place], 60)}"
+def difference(own: Dict[str, str], theirs: Dict[str, str]) -> Optional[str]:
+    """The first setting in which another model differs from this peer's, in words; None where nothing tells them apart."""
+    for place in sorted(own.keys() & theirs.keys()):
+        if own[place] != theirs[place]:
+            return f"its {plain(place)} is {plain(theirs[place], 60)}, but this peer's is {plain(own[place], 60)}"
     return None
 
 

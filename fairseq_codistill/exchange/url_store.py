@@ -85,15 +85,15 @@ class UrlStore:
     def write(self, name: str, data: Union[bytes, memoryview], replace: bool = True) -> bool:
         """As `MemoryStore.write`. Without `replace`, the first writer wins for certain where the storage has a conditional
         put (S3, Google, Azure); elsewhere only among the threads of one process, since it is looked first and written then."""
-        path, data = self._path(name), _as_bytes(data, self._part_bytes)
+        path, body = self._path(name), _as_bytes(data, self._part_bytes)
         if replace:
-            self._patiently(lambda: self._put(path, data))
+            self._patiently(lambda: self._put(path, body))
             return True
         with contextlib.nullcontext() if self._fs.async_impl else _ONE_AT_A_TIME:
             try:
                 if self._is_there(path):
                     return False
-                self._patiently(lambda: self._put(path, data, **self._create))
+                self._patiently(lambda: self._put(path, body, **self._create))
             except FileExistsError:
                 return False
         return True
@@ -165,7 +165,7 @@ class UrlStore:
             data.write(part)
         return data.getvalue()
 
-    def _put(self, path: str, data: bytes, **create: str) -> None:
+    def _put(self, path: str, data: Union[bytes, bytearray], **create: str) -> None:
         if not self._renames:
             self._ask("pipe_file", path, data, moving=len(data), **self._put_options, **create)
             return
@@ -198,7 +198,7 @@ class UrlStore:
                 return getattr(self._fs, method)(*arguments, **options)
             from fsspec.asyn import sync
 
-            # The libraries' limits are for each silence; a server that sends a byte now and then would hold us for ever.
+            # The libraries' limits are for each silence; a server that sends a byte now and then would hold it for ever.
             limit = self._request_s + moving / _SLOWEST
             return sync(self._fs.loop, getattr(self._fs, f"_{method}"), *arguments, timeout=limit, **options)
         except Exception as error:
@@ -255,7 +255,7 @@ def _as_bytes(data: Union[bytes, memoryview], step: int) -> Union[bytes, bytearr
 
 
 def _plain(error: Exception) -> OSError:
-    """The error as an OSError in words of ours."""
+    """The error as an OSError in the words of this package."""
     names = [kind.__name__ for kind in type(error).__mro__]
     if any("Timeout" in name for name in names):
         return OSError(errno.ETIMEDOUT, "the server did not answer in time")

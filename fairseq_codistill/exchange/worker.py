@@ -87,8 +87,9 @@ class Worker:
             try:
                 given = self._given.get(timeout=self._period())
             except queue.Empty:
-                with contextlib.suppress(Exception):
-                    self._idle()
+                if self._idle is not None:
+                    with contextlib.suppress(Exception):
+                        self._idle()
                 continue
             if given is None:
                 return

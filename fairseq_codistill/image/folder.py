@@ -116,7 +116,8 @@ def read_image(path: str, channels: int) -> Any:
     from PIL import Image  # here, so that those who translate need no PIL
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            image: Image.Image = opened
             if image.mode.startswith("I"):  # PIL's own conversion would cut off at 255
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             return image.convert("RGB").convert("L" if channels == 1 else "RGB")
@@ -190,16 +191,16 @@ class ImageFolder(FairseqDataset):
 
     def collater(self, samples: List[Optional[Dict[str, Any]]]) -> Dict[str, Any]:
         """A batch; an empty dict, fairseq's sign for nothing, if all its images were left out."""
-        samples = [sample for sample in samples if sample is not None]
-        if not samples:
+        kept = [sample for sample in samples if sample is not None]
+        if not kept:
             return {}
-        image_BCHW = torch.stack([sample["image"] for sample in samples]).float()
+        image_BCHW = torch.stack([sample["image"] for sample in kept]).float()
         return {
-            "id": torch.tensor([sample["id"] for sample in samples]),
+            "id": torch.tensor([sample["id"] for sample in kept]),
             "net_input": {"image": image_BCHW.sub_(self._mean).mul_(self._scale)},
-            "target": torch.tensor([sample["target"] for sample in samples]),
-            "ntokens": len(samples),
-            "nsentences": len(samples),
+            "target": torch.tensor([sample["target"] for sample in kept]),
+            "ntokens": len(kept),
+            "nsentences": len(kept),
         }
 
     def ordered_indices(self) -> np.ndarray:

@@ -14,6 +14,8 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.optim.lr_scheduler import FairseqLRScheduler, register_lr_scheduler
 from omegaconf import II
 
+from ..core.weight_decay import set_weight_decay
+
 _ROUNDING = 1e-4  # epochs: two thirds are written 0.6667, which the update at two thirds should reach
 
 
@@ -155,10 +157,7 @@ class EpochSchedule(FairseqLRScheduler):
         t = self.epochs(num_updates)
         self.optimizer.set_lr(self.rate(t))
         if self._decays:
-            decay = self._decays[passed(t, self._decay_milestones)]
-            for group in self.optimizer.param_groups:
-                if group.get("decays", True):  # sgd_nesterov marks the group that never does
-                    group["weight_decay"] = decay
+            set_weight_decay(self.optimizer.param_groups, self._decays[passed(t, self._decay_milestones)])
         return self.optimizer.get_lr()
 
     def step(self, epoch: int, val_loss: Optional[float] = None) -> float:

@@ -30,7 +30,7 @@ def _option(default: Any, help: str) -> Any:
 @dataclass
 class ImageClassifierConfig(FairseqDataclass):
     image_model: Optional[str] = _option(None, "resnet20 and the like, or a classifier of torchvision (default: --arch)")
-    image_stem: ChoiceEnum(["imagenet", "small"]) = _option(
+    image_stem: ChoiceEnum(["imagenet", "small"]) = _option(  # type: ignore[valid-type]
         "imagenet", "first layers of torchvision's residual networks; small: 3×3, stride 1, no pooling, for small images"
     )
     image_width: int = _option(16, "channels of the first stage of resnet8 … resnet110")
@@ -76,8 +76,8 @@ def build_network(cfg: ImageClassifierConfig, channels: int, classes: int) -> nn
     if cfg.image_width < 1:
         raise ValueError(f"image_width must be at least 1, but is {cfg.image_width} instead.")
     if name in SMALL_DEPTHS:
-        net = _small_resnet(SMALL_DEPTHS[name], cfg.image_width, channels, classes)
-        return net if cfg.image_plain_init else _as_goyal(net)
+        small = _small_resnet(SMALL_DEPTHS[name], cfg.image_width, channels, classes)
+        return small if cfg.image_plain_init else _as_goyal(small)
     net = _torchvision(name, cfg, classes)
     if channels != 3:
         _replace_first_convolution(net, lambda conv: _like(conv, in_channels=channels))
@@ -135,9 +135,11 @@ def _as_goyal(net: nn.Sequential) -> nn.Sequential:
     """Goyal et al. 2017, §5.1: each block starts as its shortcut, and the logits near 0."""
     for module in net.modules():
         if hasattr(module, "bn2"):
-            nn.init.zeros_(module.bn2.weight)
-    nn.init.normal_(net[-1].weight, std=0.01)
-    nn.init.zeros_(net[-1].bias)
+            nn.init.zeros_(module.get_parameter("bn2.weight"))
+    last = net[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.normal_(last.weight, std=0.01)
+    nn.init.zeros_(last.bias)
     return net
 
 

@@ -19,7 +19,7 @@ def _option(default: Any, help: str) -> Any:
 @dataclass
 class ImageClassificationConfig(FairseqDataclass):
     data: str = _option(MISSING, "folder with train/CLASS/*.jpeg and valid/CLASS/*.jpeg (or val/…)")
-    augmentation: ChoiceEnum(list(AUGMENTATIONS)) = _option(
+    augmentation: ChoiceEnum(list(AUGMENTATIONS)) = _option(  # type: ignore[valid-type]
         "imagenet", "imagenet: crops of random size and flips; small: shifts by up to an eighth and flips; none"
     )
     image_size: int = _option(224, "pixels of the square that the model sees")

@@ -102,7 +102,10 @@ def write(out: Path, classes: Sequence[str], rows: Iterator[Tuple[str, Tensor]],
                 order = probability_V.topk(min(5, len(classes))).indices.tolist()
                 hits = [hits[0] + (order[0] == label), hits[1] + (label in order)]
     part.replace(out)
-    return Accuracy(*(round(100 * hit / number, 2) for hit in hits), number) if labelled and number else None
+    if not (labelled and number):
+        return None
+    first, fifth = (round(100 * hit / number, 2) for hit in hits)
+    return Accuracy(first, fifth, number)
 
 
 def _in_a_cell(name: str) -> str:

@@ -36,7 +36,7 @@ class Pipeline:
         compat.load_torchvision()
         from torchvision.transforms import functional
 
-        self._do = functional
+        self._do: Any = functional
         self.size, self.channels = size, channels
         self._augmentation = augmentation if train else "none"
         self._flip = flip and self._augmentation != "none"
@@ -60,7 +60,8 @@ class Pipeline:
         """The square that the model sees."""
         size = self.size
         if self._augmentation == "imagenet":
-            image = self._do.resized_crop(image, *random_area(*image.size, draw), [size, size])
+            width, height = image.size
+            image = self._do.resized_crop(image, *random_area(width, height, draw), [size, size])
         elif self._augmentation == "small":
             border = max(1, size // 8)
             image = self._do.pad(image, border)

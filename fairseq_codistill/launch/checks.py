@@ -15,7 +15,7 @@ PLAIN = ("cross_entropy", "label_smoothed_cross_entropy")
 
 
 def find_user_dir(command: FairseqCommand) -> Optional[str]:
-    """The folder that fairseq will import, None if none is named. Our package's name means where it is installed.
+    """The folder that fairseq will import, None if none is named. This package's name means where it is installed.
 
     Raises ValueError if there is no such folder.
     """
@@ -41,7 +41,7 @@ def check(command: FairseqCommand, save_dir: str) -> None:
     _check_save_dir(command, save_dir)
     if command.criterion != CRITERION:
         return
-    if command.get("user-dir") is None and command.is_fairseqs:  # another program may import us itself
+    if command.get("user-dir") is None and command.is_fairseqs:  # another program may import the package itself
         raise ValueError(
             f"criterion {CRITERION} needs {command.spelling('user-dir')}, but none is given: fairseq alone does not know it;"
             f" did you forget {command.spelling('user-dir')}{'=' if command.is_hydra else ' '}{OURS}?"
@@ -70,7 +70,7 @@ def _check_save_dir(command: FairseqCommand, save_dir: str) -> None:
 def notes(command: FairseqCommand, peers: int) -> list[str]:
     """What is allowed, and may be a mistake."""
     user_dir = command.get("user-dir")
-    # A criterion from elsewhere may be built on ours.
+    # A criterion from elsewhere may be built on this one.
     is_other = command.criterion not in PLAIN and user_dir and os.path.basename(os.path.normpath(user_dir)) != OURS
     if peers < 2 or command.criterion == CRITERION or is_other:
         return []

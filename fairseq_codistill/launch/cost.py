@@ -37,7 +37,7 @@ _HEADER_LIMIT = 1 << 26  # bytes of a snapshot's header
 class Weights(NamedTuple):
     """How many, and who says so."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     source: str
 
 
@@ -91,7 +91,7 @@ def of_snapshot(exchange: Optional[str]) -> Optional[Weights]:
     paths = glob.glob(os.path.join(glob.escape(exchange), "peer*", "u*.safetensors")) if exchange else []
     for path in sorted(paths, key=os.path.basename, reverse=True)[:1]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            # Others may write there: no link is followed, and a pipe does not hold us.
+            # Others may write there: no link is followed, and a pipe does not block.
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             with os.fdopen(descriptor, "rb") as file:
                 length = int.from_bytes(file.read(8), "little") if stat.S_ISREG(os.fstat(descriptor).st_mode) else 0

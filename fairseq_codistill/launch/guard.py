@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import BinaryIO, Optional
+from typing import IO, BinaryIO, Optional
 
 _LOOK_SECONDS = 0.05
 
@@ -37,20 +37,25 @@ class Guard:
 
     def __exit__(self, *error: object) -> None:
         if self._process is not None:
-            self._process.stdin.close()
+            self._stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
 
     @property
+    def _stdin(self) -> IO[bytes]:
+        assert self._process is not None and self._process.stdin is not None
+        return self._process.stdin
+
+    @property
     def pipe(self) -> int:
         """Where a peer writes the number of its process group, as its first act."""
-        return subprocess.DEVNULL if self._process is None else self._process.stdin.fileno()
+        return subprocess.DEVNULL if self._process is None else self._stdin.fileno()
 
     def forget(self, group: int) -> None:
         """A group has ended, and its number may come to stand for somebody else's."""
         if self._process is not None:
             with contextlib.suppress(OSError):
-                self._process.stdin.write(b"-%d\n" % group)
+                self._stdin.write(b"-%d\n" % group)
 
 
 def watch(lines: BinaryIO, grace_seconds: float) -> None:

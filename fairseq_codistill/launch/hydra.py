@@ -145,7 +145,7 @@ def _composed_by_hydra(name: str, folders: Sequence[str], overrides: list[str]) 
     try:
         from hydra import compose, initialize_config_dir
     except ImportError:  # hydra 1.0, of stock fairseq
-        from hydra.experimental import compose, initialize_config_dir
+        from hydra.experimental import compose, initialize_config_dir  # type: ignore[assignment]
     from hydra.errors import MissingConfigException
 
     # Hydra looks for the first YAML in one folder alone.

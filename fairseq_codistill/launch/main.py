@@ -7,7 +7,8 @@ Peer i runs the same command with `--save-dir RUN/peer{i}`, `--seed S + i·10,00
 process group of its own; it finds CODISTILL_PEER, CODISTILL_PEERS and CODISTILL_DIR in its environment and writes to
 RUN/peer{i}/train.log. What else jobs would share each has for itself, too (`launch_outputs`).
 
-`codistill-launch status RUN` shows who takes part; see `launch_status`. `codistill-launch --user-dir` prints the path of this
+`codistill-launch status RUN` shows who takes part; see `status`. `codistill-launch export RUN --out FILE.pt` writes the
+run's model for fairseq-generate; see `export`. `codistill-launch --user-dir` prints the path of this
 package, which every fairseq command needs as its --user-dir.
 """
 
@@ -23,6 +24,8 @@ from typing import Any, Optional
 
 from ..common.output import tolerant_output
 from ..common.paths import PLUGIN
+from ..common.version import VersionAction
+from . import export as launch_export
 from . import preview as launch_preview
 from . import status as launch_status
 from .plan import Plan, make_plan
@@ -40,9 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="codistill-launch",
         allow_abbrev=False,
         usage="codistill-launch --peers N [options] -- COMMAND ...\n       codistill-launch status DIR [options]\n"
-        "       codistill-launch --user-dir",
+        "       codistill-launch export RUN --out FILE.pt [options]\n"
+        "       codistill-launch --user-dir\n       codistill-launch --version",
         description="Start one fairseq job for each peer, show them all, stop them together.",
-        epilog="`codistill-launch status DIR` shows who takes part in a run, also one that others have started. "
+        epilog="`codistill-launch status DIR` shows who takes part in a run, also one that others have started; "
+        "`codistill-launch export RUN --out FILE.pt` writes its model for fairseq-generate. "
         "Any other command than fairseq-train or fairseq-hydra-train (a script, a Slurm step) only gets its "
         "environment; it finds its index in $CODISTILL_PEER. Ctrl-C stops all peers, a second one kills them; SIGUSR1 and "
         "SIGUSR2 go to peers that have a handler for them, else they stop all. "
@@ -57,12 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--grace", type=float, default=15.0, metavar="SECONDS", help="from the signal to stop to SIGKILL (default: 15)")
     add("--dry-run", action="store_true", help="only print the peers' commands, and what they cost, as comments")
     add("--user-dir", action="store_true", help="print the path that fairseq commands need as their --user-dir, and end")
+    add("--version", action=VersionAction, help="print the version, and end")
     add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Our options, and the command after the first `--`. Raises ValueError with one sentence."""
+    """The launcher's own options, and the command after the first `--`. Raises ValueError with one sentence."""
     split = list(argv).index("--") if "--" in argv else len(argv)
     options = _parser().parse_args(list(argv[:split]))
     if options.user_dir:
@@ -100,6 +106,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "status":
         return launch_status.main(argv[1:])
+    if argv and argv[0] == "export":
+        return launch_export.main(argv[1:])
     if list(argv) == ["--user-dir"]:
         print(PLUGIN)
         return 0

@@ -79,11 +79,11 @@ def make_own(command: FairseqCommand, index: int) -> None:
             command.drop(option, "null")
             continue
         try:
-            mine = own(value, index)
+            of_peer = own(value, index)
         except ValueError as error:
             raise ValueError(f"{command.spelling(option)} {error}") from error
-        if mine != value:
-            command.put(option, absolute(mine) if command.is_hydra and option in PATHS else mine)
+        if of_peer != value:
+            command.put(option, absolute(of_peer) if command.is_hydra and option in PATHS else of_peer)
 
 
 def _value(command: FairseqCommand, option: str) -> Optional[str]:
@@ -126,10 +126,10 @@ def notes(command: FairseqCommand, environ: Mapping[str, str], peers: int) -> li
         value = _value(command, option)
         if value is not None and own is None:
             said.append(f"{command.spelling(option)} would be shared, so it is left out: each peer gets one of its own.")
-        elif value is not None:
+        elif value is not None and own is not None:
             said += _shared(command.spelling(option), value, own)
-    for name, own in ENVIRON.items():
-        said += _shared(name, environ.get(name, ""), own)
+    for name, own_value in ENVIRON.items():
+        said += _shared(name, environ.get(name, ""), own_value)
     if command.flag("azureml-logging"):
         said.append(f"{command.spelling('azureml-logging')}: all peers of one AzureML job log to one run, so curves mix.")
     return said

@@ -86,11 +86,12 @@ class Peer:
 
     @property
     def pid(self) -> int:
+        assert self._process is not None, "it was started"
         return self._process.pid
 
     def poll(self) -> bool:
         """Read the log, ask for the processes; True when the peer has ended since the last call."""
-        if self.status is not None:
+        if self.status is not None or self._process is None:
             return False
         self.seconds = time.monotonic() - self.began
         code = self._process.poll()
@@ -139,7 +140,7 @@ class Peer:
 
     def _group_lives(self) -> bool:
         with contextlib.suppress(ChildProcessError):
-            # As process 1 of a container we inherit orphans; their zombies would count as alive.
+            # As process 1 of a container the launcher inherits orphans; their zombies would count as alive.
             os.waitpid(-self.pid, os.WNOHANG)
         try:
             os.killpg(self.pid, 0)

@@ -31,8 +31,9 @@ class PeerPlan:
     @property
     def command(self) -> list[str]:
         """What it runs if it is started now."""
-        has_own = self.next_command is not None and self.save_dir is not None and has_begun(self.save_dir)
-        return self.next_command if has_own else self.first_command
+        if self.next_command is not None and self.save_dir is not None and has_begun(self.save_dir):
+            return self.next_command
+        return self.first_command
 
 
 @dataclass

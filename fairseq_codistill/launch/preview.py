@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Optional
 
-from ..exchange.observer import read_run
+from ..exchange.status import read_run
 from ..exchange.stores import open_store
 from . import cost
 from .plan import FairseqCommand, PeerPlan, Plan
@@ -33,7 +33,9 @@ def check(plan: Plan, environ: Mapping[str, str]) -> None:
                 "did you forget to prepare it, or are you in another folder?"
             )
     exchange = exchange_of(plan.peers[0], environ)
-    for look in range(_RUN_LOOKS) if exchange else ():
+    if not exchange:
+        return
+    for look in range(_RUN_LOOKS):
         try:
             read_run(open_store(exchange))
             return

@@ -39,6 +39,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except ValueError as error:
         print(f"peer.sbatch: {error}", file=sys.stderr)
         return 2
+    assert planned.save_dir is not None, "fairseq has a default for it"
     try:
         notes.append(checkpoint.mend(planned.save_dir) or "")
     except ValueError as error:

@@ -18,11 +18,11 @@ from .plan import Plan
 from .view import PlainView, duration, resources, text_of
 
 POLL_SECONDS = 0.25
-_OUTPUT_SECONDS = 1.0  # a reader that is stopped must not keep us from a signal
+_OUTPUT_SECONDS = 1.0  # a reader that is stopped must not delay a signal
 
 
 def _named(*names: str) -> tuple[int, ...]:
-    """Those that the system has: `codistill-launch status` is imported with us, also where there are no such signals."""
+    """Those that the system has: `codistill-launch status` is imported with it, also where there are no such signals."""
     return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
 
 
@@ -42,7 +42,7 @@ class Signals:
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         watched = [*_STOPS, *_WARNINGS, signal.SIGCHLD]
-        for number in (signal.SIGHUP, *_WARNINGS):  # nohup, or a script's trap '', ignores it: so do we
+        for number in (signal.SIGHUP, *_WARNINGS):  # nohup, or a script's trap '', ignores it: so does the launcher
             if signal.getsignal(number) is signal.SIG_IGN:
                 watched.remove(number)
         self._before = {number: signal.signal(number, lambda *_: None) for number in watched}
@@ -85,7 +85,7 @@ class Supervisor:
                         self._tell(f"{peer.name}: {resources(peer.plan)}, log {peer.plan.log}")
                 self._watch(signals)
             except BaseException:
-                self._begin_to_stop()  # a fault of ours: the peers may still end well
+                self._begin_to_stop()  # a fault of the launcher: the peers may still end well
                 self._watch(signals)
                 raise
             finally:
@@ -114,7 +114,7 @@ class Supervisor:
             peer.start()
         except (ValueError, OSError) as error:
             peer.refuse()
-            self.first_failure = self.first_failure or peer.status
+            self.first_failure = self.first_failure or peer.status or 0
             self._tell(f"{peer.name} is not started: {error}", is_error=True)
         return peer.status is None
 
@@ -184,14 +184,14 @@ class Supervisor:
             self._tell("\n".join(report), is_error=True)
             self._start(peer)
             return
-        self.first_failure = self.first_failure or peer.status
+        self.first_failure = self.first_failure or peer.status or 0
         others = "; the other peers go on" if any(other.status is None for other in self.peers) else ""
         report.append(f"{peer.name} is not started again{others}. Log: {peer.plan.log}")
         self._tell("\n".join(report), is_error=True)
 
     def _report(self, peer: Peer) -> list[str]:
         """Why it failed; a sentence that has been told of one peer is not repeated for the next."""
-        status = f"exit status {peer.status}{_signal_name(peer.status)}"
+        status = f"exit status {peer.status}{_signal_name(peer.status or 0)}"
         head = f"{peer.name} failed with {status} after {duration(peer.seconds)}, at update {text_of(peer.progress.update)}"
         sentence, lines = launch_error.reason(peer.plan.log)
         same = launch_error.same_for_all(sentence)

@@ -43,7 +43,7 @@ def size(count: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 10) -> str:
-    """The course of the last values, one sign each: low ▁ to high █."""
+    """The course of the last values, one character each: low ▁ to high █."""
     shown = [value for value in values[-width:] if value == value and abs(value) != float("inf")]
     low, high = min(shown, default=0.0), max(shown, default=0.0)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low or 1.0))] for value in shown)
@@ -212,7 +212,7 @@ class LiveView(PlainView):
             columns = [*columns[:2], ("progress", 0, self._bar), *columns[2:]]
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         for name, _, _ in columns:
-            justify = "left" if name in ("peer", "state", "progress", "") else "right"
+            justify: Any = "left" if name in ("peer", "state", "progress", "") else "right"
             table.add_column(name, justify=justify, no_wrap=True, width=bar if name == "progress" else None)
         for peer in peers:
             table.add_row(*(cell(peer) for _, _, cell in columns))
@@ -276,7 +276,7 @@ def print_summary(plan: Plan, peers: Sequence[Peer]) -> None:
     from rich.console import Console
 
     # In a pipe or a file a row is a line, however long.
-    plain = {} if sys.stdout.isatty() else {"force_terminal": False, "color_system": None, "width": 1000}
+    plain: dict[str, Any] = {} if sys.stdout.isatty() else {"force_terminal": False, "color_system": None, "width": 1000}
     console = Console(highlight=False, markup=False, **plain)
     table = _summary(peers, bool(plain), with_logs=True)
     has_room = console.measure(table, options=console.options.update(width=1000)).maximum <= console.width

@@ -3,6 +3,7 @@
     METHOD/seed1/peer0/train.log                the log of one peer; `seed1` and `peer0` may each be left out
     METHOD/seed1/peer0/test.sacrebleu.json      what the `sacrebleu` command printed for that peer
     METHOD/seed1/ensemble.test.sacrebleu.json   the same for the ensemble of the run's peers
+    METHOD/seed1/peer0/test.hyp, test.ref       what was scored, and the reference, for --baseline
 
 A log under any other name than train.log is a method of its own.
 """

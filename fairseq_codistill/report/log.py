@@ -6,12 +6,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from ..common import fairseq_log
 from ..common.fairseq_log import Record, Values, as_float
 
-Curve = list[tuple[int, float]]  # (update, value), updates rising
+Curve = list[tuple[float, float]]  # (update, value), updates rising
 _LOADED = re.compile(r"Loaded checkpoint .* @ (\d+) updates\)")
+_STAMP = re.compile(r"\[?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")
 _RDROP = "label_smoothed_cross_entropy_with_rdrop"
 
 
@@ -30,8 +32,10 @@ class TrainLog:
     last_line: str = field(default="", compare=False)  # that is not blank
     failed: bool = False  # the newest process has shown a traceback
     exchange: Values = field(default_factory=dict)  # totals of the exchange, added up over all processes that ended
+    clock: dict[int, float] = field(default_factory=dict)  # update -> `seconds` when it was logged
     _earlier_seconds: float = 0.0
     _wall: float = 0.0
+    _resumed: datetime | None = field(default=None, compare=False)  # when the newest process loaded a checkpoint, if it did
 
     @classmethod
     def read(cls, lines: Iterable[str]) -> TrainLog:
@@ -43,15 +47,16 @@ class TrainLog:
     def _feed(self, line: str) -> None:
         self.last_line = line.strip()[:1000] or self.last_line
         for record in fairseq_log.parse_records(line):
-            self._add(record)
+            self._add(record, _time_of(line))
         for name, value in fairseq_log.parse_exchange(line).items():
             self.exchange[name] = self.exchange.get(name, 0.0) + value
         settings = fairseq_log.parse_settings(line)
         loaded = _LOADED.search(line)
         if settings:  # a process starts
-            self.settings, self.finished, self.failed = settings, False, False
+            self.settings, self.finished, self.failed, self._resumed = settings, False, False, None
             self._bank()
         elif loaded:
+            self._resumed = _time_of(line)
             self._forget(int(loaded[1]) + 1)
         elif "No existing checkpoint found" in line:  # it starts from nothing: what stands above was abandoned
             self._forget(0)
@@ -61,15 +66,18 @@ class TrainLog:
         elif "Traceback (most recent call last)" in line:
             self.failed = True
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: Record, time: datetime | None) -> None:
         if record.update < self.update:  # a restart whose first lines are missing
             self._forget(record.update)
         self.update = record.update
         self.records[record.tag][record.update] = record.values
         wall = record.values.get("wall", self._wall)
+        if wall == 0 and time and self._resumed:  # fairseq's stands still in a process that has loaded a checkpoint
+            wall = max(0.0, (time - self._resumed).total_seconds())
         if wall < self._wall:  # fairseq's wall starts at 0 in every process
             self._bank()
         self._wall = wall
+        self.clock[record.update] = self.seconds
 
     def _bank(self) -> None:
         self._earlier_seconds, self._wall = self._earlier_seconds + self._wall, 0.0
@@ -78,6 +86,7 @@ class TrainLog:
         """Drop every record from update `first` on."""
         for tag, records in self.records.items():
             self.records[tag] = {update: fields for update, fields in records.items() if update < first}
+        self.clock = {update: seconds for update, seconds in self.clock.items() if update < first}
         self.update = max((update for records in self.records.values() for update in records), default=0)
 
     @property
@@ -119,8 +128,29 @@ class TrainLog:
     def train_nll(self) -> Curve:
         return _nll_curve(self.train_records())
 
+    def samples(self) -> Curve:
+        """Sentences (or images) that the model has been trained on by an update, of all workers that share its gradients.
+
+        Empty where the log does not tell how many an update has.
+        """
+        total, last = 0.0, 0.0
+        curve: Curve = []
+        for update, size in self.train_curve("bsz"):  # the mean since the record before
+            total, last = total + size * (update - last), update
+            curve.append((update, total))
+        return curve
+
     def train_curve(self, name: str) -> Curve:
         return [(update, fields[name]) for update, fields in self.train_records() if name in fields]
+
+
+def _time_of(line: str) -> datetime | None:
+    """When a line was logged, if it begins with that."""
+    stamp = _STAMP.match(line)
+    try:
+        return datetime.fromisoformat(stamp[1]) if stamp else None
+    except ValueError:
+        return None
 
 
 def _nll_curve(records: Sequence[tuple[int, Values]]) -> Curve:

@@ -52,7 +52,7 @@ class Peer:
         if finite:
             best, at = min(finite)  # of equal NLLs the earliest
             values.update(best_valid_nll=best, ppl=perplexity(best), at_update=at)
-            values.update({f"valid {name}": value for name, value in dict(log.valid_records())[at].items()})
+            values.update({f"valid {name}": value for name, value in dict(log.valid_records())[int(at)].items()})
         return {**values, **self._chosen(), **{score.key: score.value for score in self.scores}}
 
     def _chosen(self) -> Values:

@@ -7,12 +7,13 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..common.fairseq_log import Values
 from .notes import SPREAD, UNITS, choosing_metrics
+from .significance import Comparison
 from .summary import Method, Run, Score, Stat, summarise
 
 
@@ -28,6 +29,7 @@ class Report:
     methods: list[Method]
     table: list[list[str]]
     notes: list[str]
+    comparisons: list[Comparison] = field(default_factory=list)  # with --baseline
 
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", markdown_table(self.table), "", *(f"- {line}" for line in self.notes)]
@@ -37,6 +39,8 @@ class Report:
         """Every number with the file it comes from, given relative to `base`, the folder of results.json."""
         methods = [_method_entry(method, base) for method in self.methods]
         found = {"title": self.title, "units": UNITS, "spread": SPREAD, "notes": self.notes, "methods": methods}
+        if self.comparisons:
+            found["significance"] = [asdict(comparison) for comparison in self.comparisons]
         return finite_json(found)
 
 
@@ -61,18 +65,27 @@ def columns(methods: Sequence[Method], metrics: Sequence[str] = ()) -> list[Colu
     return [column for column in wanted if column.key in present]
 
 
-def rows(methods: Sequence[Method], shown: Sequence[Column], per_peer: bool = False) -> list[list[str]]:
-    """The table: a row of headings, then a row for each method (and, if asked, for each of its peers)."""
-    table = [["method", "seeds", "peers", *(column.heading for column in shown)]]
+def rows(
+    methods: Sequence[Method], shown: Sequence[Column], per_peer: bool = False, compared: Sequence[Comparison] = ()
+) -> list[list[str]]:
+    """The table: a row of headings, then a row for each method (and, if asked, for each of its peers).
+
+    `compared` adds a column for each test set and metric, filled for methods.
+    """
+    tested = {(one.key, one.method): one.cell() for one in compared}
+    keys = sorted({key for key, _ in tested})
+    headings = [f"{key} against {compared[0].baseline}" for key in keys]
+    table = [["method", "seeds", "peers", *(column.heading for column in shown), *headings]]
     for method in methods:
         counts = sorted({len(run.peers) for run in method.runs})
         mark = " †" if any(peer.log.doubled for _, peer in method.peers()) else ""
         parts = [(method.label + mark, "/".join(map(str, counts)), [run.values() for run in method.runs])]
         if per_peer and counts[-1] > 1:
             parts += _peer_parts(method)
-        for name, peers, seeds in parts:
+        for number, (name, peers, seeds) in enumerate(parts):
             stats = summarise(seeds)
             cells = [cell(stats.get(column.key), column.decimals, len(seeds)) for column in shown]
+            cells += [tested.get((key, method.label), "–") if number == 0 else "–" for key in keys]
             table.append([name, str(len(seeds)), peers, *cells])
     return table
 

@@ -16,7 +16,8 @@ read_settings() {
     # Few sentences do not hold 2,000 different pieces.
     pieces="${PIECES:-$((pairs < 3000 ? 500 : 2000))}"
     export DATA="$demo/data" OUT="$demo/runs" SEED=1
-    . "$here/settings.sh"
+    # As in recipe.toml, which has all the others.
+    UPDATES="${UPDATES:-1000}" DISTANCE="${DISTANCE:-ce}"
     cores="$(python -c 'import os; print(len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)))')"
 }
 

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
-from image_sweep import TRAIN, Run, read_runs, user_path  # noqa: E402
+from paths import user_path  # noqa: E402
+from runner.runs import Run, find, read_runs  # noqa: E402
+from runner.tasks import read_task  # noqa: E402
 
 from fairseq_codistill.common.fairseq_log import nll  # noqa: E402
 from fairseq_codistill.report.log import TrainLog  # noqa: E402
@@ -30,7 +32,7 @@ Curve = List[Tuple[int, float]]
 
 @dataclass
 class Result:
-    """One name of runs.txt: its values by seed, each the mean over the peers, as are the curves."""
+    """One name of the runs: its values by seed, each the mean over the peers, as are the curves."""
 
     name: str
     method: str
@@ -236,12 +238,12 @@ def figures(found: Dict[str, Result], folder: Path) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=user_path, help="folder with runs.txt")
+    parser.add_argument("recipe", type=user_path, help="folder with runs.toml")
     parser.add_argument("--results", type=user_path, help="default: RECIPE/results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args(argv)
     results = args.results or args.recipe / "results"
-    found = load(read_runs(args.recipe / "runs.txt", TRAIN, args.seeds, []), results)
+    found = load(read_runs(find(args.recipe, None), read_task("images"), args.seeds, []), results)
     if not found:
         print(f"image_results.py: --results must hold NAME/seedN/scores.json, but {results} holds none", file=sys.stderr)
         return 2

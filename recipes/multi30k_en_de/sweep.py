@@ -1,4 +1,4 @@
-"""All of runs.txt: ``python recipes/multi30k_en_de/sweep.py --data PREPARED --out RUNS``; see ../translation/sweep.py."""
+"""All of runs.toml: ``python recipes/multi30k_en_de/sweep.py --data PREPARED --out RUNS``; see ../translation/sweep.py."""
 
 from __future__ import annotations
 

@@ -109,7 +109,8 @@ def model_of(args: argparse.Namespace) -> Optional[Model]:
     return Model(*sizes) if all(sizes) else None
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def announced(argv: Optional[List[str]] = None) -> str:
+    """The announcement for these words of a command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("recipe", "method", "arch"):
         parser.add_argument(f"--{name}", required=True)
@@ -122,7 +123,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--expect", default="", help="the paper's number")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args(argv)
-    print("\n".join(lines(args, model_of(args))))
+    return "\n".join(lines(args, model_of(args)))
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    print(announced(argv))
     return 0
 
 

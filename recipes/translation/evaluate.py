@@ -1,9 +1,10 @@
 """Translate and score finished runs; called by a recipe's evaluate.sh, which sets the experiment's defaults.
 
-``DATA=prepared evaluate.sh RUN…``, each RUN a folder that train.sh filled. Writes ``RUN/peer{i}/SET.sacrebleu.json`` and
-``SET.nll.json`` for each peer and, where there are several, ``RUN/ensemble.SET.…`` for all of them together; ``RUN/scores.md``
-shows all side by side. ``AVERAGE=0`` takes each peer's checkpoint_best.pt, ``AVERAGE=10`` the mean of its last ten, and the
-set's name then ends in ``_average10``. A result that is newer than its checkpoints is left alone.
+``DATA=prepared evaluate.sh RUN…``, each RUN a folder that train.sh filled. Writes ``RUN/peer{i}/SET.sacrebleu.json`` (of
+``SET.hyp`` against ``SET.ref``) and ``SET.nll.json`` for each peer and, where there are several, ``RUN/ensemble.SET.…`` for all
+of them together; ``RUN/scores.md`` shows all side by side. ``AVERAGE=0`` takes each peer's checkpoint_best.pt, ``AVERAGE=10``
+the mean of its last ten, and the set's name then ends in ``_average10``. A result that is newer than its checkpoints is left
+alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -134,6 +136,8 @@ class Scorer:
 
     def _sacrebleu(self, reference: Path, lines: List[str], at: str, options: Sequence[str]) -> None:
         hypothesis = self._write(f"{at}.hyp", lines)
+        if not (self.settings.dry_run or reference == Path(f"{at}.ref")):
+            shutil.copyfile(reference, f"{at}.ref")  # for codistill-report --baseline, which compares sentence by sentence
         command = [*self.settings.sacrebleu, str(reference), "-i", str(hypothesis), "-m", "bleu", "-w", "4"]
         command += ["--format", "json", *options]
         part = Path(f"{at}.part")

@@ -1,0 +1,1 @@
+"""Measurements, a folder for each question; each is started in the repository's root: python -m benchmarks.FOLDER.FILE."""

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Score a finished run, on the processor unless CPU=0: DATA=data/fashion bash recipes/fashion_mnist/evaluate.sh RUN
+# ../run.py reads recipe.toml; ../images/evaluate.py does the work.
+recipes="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+exec "${PYTHON:-python3}" "$recipes/run.py" evaluate "$recipes/fashion_mnist" "$@"

@@ -30,10 +30,13 @@ def test_everybody_who_is_held_teaches_and_the_staleness_is_their_mean():
         ({}, {}, 40),
         ({1: 10}, dict(schedule=AlphaSchedule(alpha=0.0)), 40),
         ({1: 10}, dict(schedule=dataclasses.replace(CONSTANT, burn_in=41)), 40),
+        ({1: 10}, dict(schedule=dataclasses.replace(CONSTANT, until=40)), 40),
+        ({1: 10}, dict(teaches_from=41), 40),
+        ({1: 10}, dict(teaches_from=None), 40),
         ({1: 10}, dict(every=3), 40),
         ({1: 10}, dict(max_staleness=29), 40),
     ],
-    ids=["nobody", "alpha", "burn-in", "every", "stale"],
+    ids=["nobody", "alpha", "burn-in", "until", "not yet", "unknown", "every", "stale"],
 )
 def test_nobody_teaches(updates, settings, update):
     assert teachers(updates, **settings).at(1, update) is None

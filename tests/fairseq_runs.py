@@ -135,11 +135,14 @@ def become(words: List[str], environment: Dict[str, str], cwd: str) -> None:
     runpy.run_module("fairseq_cli." + words[0].replace("fairseq-", "").replace("-", "_"), run_name="__main__")
 
 
-def command(*words: object, environment: Optional[Dict[str, str]] = None, cwd: Optional[Path] = None, status: int = 0) -> str:
-    """Run an installed command of this interpreter's environment from nothing; what it printed."""
+def command(
+    *words: object, environment: Optional[Dict[str, str]] = None, cwd: Optional[Path] = None, status: int = 0,
+    first: Optional[Path] = None,
+) -> str:  # fmt: skip
+    """Run an installed command of this interpreter's environment from nothing; what it printed. `first`: of its PATH."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CODISTILL_")}
     clean.update(environment or {})
-    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    clean["PATH"] = os.pathsep.join([*([str(first)] if first else []), str(Path(sys.executable).parent), clean["PATH"]])
     program = shutil.which(str(words[0]), path=clean["PATH"])
     assert program, f"{words[0]} is not installed"
     done = subprocess.run(

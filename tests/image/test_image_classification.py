@@ -71,13 +71,13 @@ def setup(data, *words, model=MODEL):
 # --- done when ----------------------------------------------------------------------------------------------------------
 
 
-def test_two_peers_of_resnet18_learn_the_digits(digits, tmp_path):
-    """The issue's own command, with codistill-launch, from nothing."""
+def test_two_peers_of_resnet18_learn_the_digits(warm, digits, tmp_path):
+    """With codistill-launch, as a user types it."""
     words = f"--user-dir {PLUGIN} --task image_classification --arch resnet18 --criterion codistill_ce --augmentation none"
     words += " --image-size 16 --image-resize 16 --image-channels 1 --batch-size 32 --max-epoch 2 --codistill-interval 20"
     words += " --optimizer sgd_nesterov --lr 0.02 --lr-scheduler cosine_he --cpu --num-workers 0 --no-epoch-checkpoints"
     words += f" --log-format json --log-interval 20 --codistill-wait 120 --save-dir {tmp_path}"
-    command("codistill-launch", "--peers", 2, "--", "fairseq-train", digits, *words.split())
+    command("codistill-launch", "--peers", 2, "--", "fairseq-train", digits, *words.split(), first=warm)
     for peer in range(2):
         log = (tmp_path / f"peer{peer}/train.log").read_text()
         assert column(log, "valid", "valid_top1")[-1] > 60, "chance is 10"

@@ -26,13 +26,13 @@ def last_checkpoints(peer: Path, count: int) -> List[Path]:
 
 def write_average(peer: Path, count: int) -> Path:
     """``peer/checkpoint_averageN.pt``, made anew if there are newer checkpoints."""
-    import torch
-
-    from fairseq_codistill.checkpoints import average
-
     target, paths = peer / f"checkpoint_average{count}.pt", last_checkpoints(peer, count)
     if target.is_file() and target.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in paths):
         return target
+    import torch
+
+    from fairseq_codistill.checkpoints import average  # with fairseq, which takes seconds
+
     part = target.with_suffix(".part")
     torch.save(average(paths), part)
     os.replace(part, target)

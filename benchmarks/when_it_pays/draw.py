@@ -28,16 +28,19 @@ from fairseq_codistill.report.table import markdown_table
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "benchmarks/results/when_it_pays"
 ALONE, PLAIN, SMOOTHED = ("single", "alone"), "all_reduce_no_smoothing", "all_reduce"
-SWEEPS = ("tuning", "levers")  # folders of settings that were tried, not chosen
+SWEEPS = ("tuning", "levers", "plain", "burn_in")  # folders of settings that were tried, not chosen
 FORMATS = ("png", "pdf")
 CORPORA = {  # folder of the run alone -> its data, in the figure
     "recipes/multi30k_en_de/results": "Multi30k, 6,000 pairs",
     "recipes/multi30k_en_de/results/default": "Multi30k, 6,000 pairs",
     "recipes/multi30k_en_de/results/two_cores": "Multi30k, all",
+    "recipes/multi30k_en_de/results/default_all": "Multi30k, all",
     "recipes/newstest_de_en/results/over_fitting": "newstest, 2,500 pairs",
     "recipes/newstest_de_en/results/default": "newstest, 2,500 pairs",
     "recipes/newstest_de_en/results/two_cores": "newstest, 8,000 pairs",
+    "recipes/newstest_de_en/results/default_8k": "newstest, 8,000 pairs",
     "recipes/tatoeba_de_en/results/two_cores": "Tatoeba",
+    "recipes/tatoeba_de_en/results/default": "Tatoeba",
     "recipes/demo/results": "the demo's grammar",
     "recipes/fashion_mnist/results": "Fashion-MNIST (bits per image)",
 }
@@ -203,7 +206,7 @@ def _panel(axes, found: Sequence[Point], rival: str, corpora: Sequence[str]) -> 
                     point.gap, mean, [[mean - low], [high - mean]], marker=shape, color=colour, markersize=4, linewidth=0.8,
                     markerfacecolor="white" if point.is_sweep else colour, markeredgewidth=0.8,
                 )  # fmt: skip
-                if shape == "o":
+                if shape == "o" and not point.is_sweep:
                     labels.append((mean, point.gap, str(number)))
     axes.margins(0.12)
     _number(axes, labels)

@@ -400,6 +400,7 @@ def test_lockstep_waits_for_a_dead_peer_once_until_it_shows_life():
 @pytest.mark.parametrize("what", ["peer1", "peer1/u000000004.s", "peer1/u000000008.s"])
 def test_a_storage_that_hangs_is_waited_for_once_in_lockstep(monkeypatch, what):
     monkeypatch.setattr(background_module, "_MOMENT", 0.01)
+    monkeypatch.setattr(background_module, "_SHORTEST_LIMIT", 0.5)  # half a minute otherwise, for each of three exchanges
     store, waits = Gate(), []
     me, other = codistiller(store, 0, lockstep=True, wait=0.1), codistiller(store, 1)
     me.teaching(0)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairseq_runs import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,7 +45,7 @@ import fcntl, sys, termios
 terminal = sys.argv.pop(1) == "terminal"
 if terminal:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from fairseq_codistill.launch import main
+from fairseq_codistill.launch.main import main
 sys.exit(main())
 """
 TRAINING = """
@@ -65,7 +66,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in [name for name in os.environ if name.startswith(("CODISTILL_", "SLURM_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    monkeypatch.setenv("PYTHONPATH", str(Path(launch.__file__).parents[1]), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.chdir(tmp_path)
 
@@ -267,7 +268,7 @@ def test_bad_input_is_one_sentence(programs, tmp_path: Path, capsys, argv: str, 
 def test_help_needs_no_torch() -> None:
     code = "import sys\nfrom fairseq_codistill.launch.main import main\n"
     code += "try: main(['--help'])\nexcept SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
-    root = Path(launch.__file__).parents[1]
+    root = ROOT
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert "--max-restarts" in shown.stdout and "Ctrl-C" in shown.stdout
 

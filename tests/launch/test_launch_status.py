@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fairseq_runs import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -410,14 +411,14 @@ COMMAND = "import sys; from fairseq_codistill.launch.main import main; sys.exit(
 
 
 def command(*argv, **options) -> subprocess.Popen:
-    path = {"PYTHONPATH": str(Path(launch.__file__).parents[1])}
+    path = {"PYTHONPATH": str(ROOT)}
     environ = {**os.environ, **path, **options.pop("env", {})}
     return subprocess.Popen([sys.executable, "-c", COMMAND, "status", *map(str, argv)], env=environ, **options)
 
 
 def test_neither_torch_nor_fairseq_is_loaded(exchange):
     code = COMMAND.replace("sys.exit(main())", "main(); sys.exit(bool({'torch', 'fairseq', 'numpy'} & set(sys.modules)))")
-    environ = {**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[1])}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code, "status", exchange.root], env=environ, timeout=60).returncode == 0
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fairseq_runs import ROOT
 
 from fairseq_codistill.common import fairseq_log
 from fairseq_codistill.report import figure as report_figure
@@ -795,7 +796,7 @@ def test_a_reader_that_leaves_early_loses_no_file(root):
     )
     command = subprocess.Popen(
         [sys.executable, "-c", code],
-        cwd=Path(report.__file__).parent.parent,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -810,7 +811,7 @@ def test_the_command_starts_without_fairseq_torch_or_matplotlib():
         "import sys; from fairseq_codistill.report import main as report; "
         "print(sorted({'fairseq', 'torch', 'matplotlib', 'rich', 'numpy'} & set(sys.modules)))"
     )
-    folder = Path(report.__file__).parent.parent
+    folder = ROOT
     found = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -820,6 +821,6 @@ def test_a_full_disk_under_stdout_loses_no_file_and_is_an_error(root):
     code += f"sys.exit(report.main([{str(root)!r}]))"
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=Path(report.__file__).parent.parent, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr.endswith("but not shown: No space left on device.\n")
     assert sorted(os.listdir(root / "report")) == ["curves.png", "results.json", "table.md"]

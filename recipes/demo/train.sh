@@ -17,8 +17,8 @@ exec "${PYTHON:-python3}" "$root/recipes/run.py" train "$root/recipes/demo" -- \
     --task translation --source-lang en --target-lang de --arch transformer --share-all-embeddings \
     --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4 \
     --decoder-layers 2 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4 --dropout 0 \
-    --criterion codistill_ce --codistill-interval 50 --codistill-loss ce --codistill-alpha 1.0 \
-    --codistill-alpha-schedule constant --codistill-gamma 1.1 --codistill-wait 0 --codistill-alpha-warmup-epochs 0 \
+    --criterion codistill_ce --codistill-interval 50 --codistill-loss ce --codistill-alpha 0.3 \
+    --codistill-alpha-schedule exponential --codistill-gamma 1.1 --codistill-wait 0 --codistill-alpha-warmup-epochs 4 \
     --codistill-wire-dtype fp32 \
     --codistill-sync --optimizer adam --adam-betas '(0.9, 0.98)' --lr 3e-3 --lr-scheduler inverse_sqrt \
     --warmup-updates 200 --max-tokens 700 --max-tokens-valid 4000 --required-batch-size-multiple 1 \

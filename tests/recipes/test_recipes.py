@@ -302,7 +302,7 @@ RECIPE_FLAGS = {
 # distance, α, its schedule, interval, lockstep; a worker's share and all workers.
 CODISTILLATION = {
     "multi30k_en_de": ("mse", 0.1, "exponential", 50, True, 1, 2),
-    "demo": ("ce", 1.0, "constant", 50, True, 1, 2),
+    "demo": ("ce", 0.3, "exponential", 50, True, 1, 2),
     "iwslt14_de_en": ("mse", 0.1, "exponential", 500, False, 1, 2),
     "wmt16_en_de": ("mse", 0.1, "exponential", 2500, False, 64, 128),
     "tatoeba_de_en": ("ce", 1.0, "constant", 100, True, 1, 2),

@@ -4,11 +4,13 @@ GitHub shows a link such as `../recipes/demo/README.md` as it is; mkdocs knows d
 below `repository/`, where its own links work too, and the links to it are rewritten. A link whose target does not exist is left
 as it is, and `mkdocs build --strict` refuses it.
 
-The pages of the API are made here, too: one for each module of `API`, from its docstrings.
+The pages of the API are made here, too: one for each module of `API`, from its docstrings. So is the page of all options as
+the command line has them, from the dataclass of the plugin.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import posixpath
 import re
@@ -26,6 +28,7 @@ BELOW = "repository"
 SHOWN = (".md", ".txt", ".png", ".json", ".csv")
 PACKAGE = "fairseq_codistill"
 API = ("core", "exchange")  # the folders for other trainers
+OPTIONS = "all_options.md"
 
 
 def modules(folder: str) -> List[str]:
@@ -48,6 +51,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for name in modules(folder):
             text = f"# {folder}.{name}\n\n::: {PACKAGE}.{folder}.{name}\n    options:\n      show_root_heading: false\n"
             files.append(File.generated(config, f"api/{folder}/{name}.md", content=text))
+    files.append(File.generated(config, OPTIONS, content=options()))
     seen: Set[str] = set()
     waiting: List[str] = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
     while waiting:
@@ -64,6 +68,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 files.append(File.generated(config, uri, abs_src_path=str(path)))
         waiting += targets(name)
     return files
+
+
+def options() -> str:
+    """Every option of the criterion, with its default and help, as `--criterion codistill_ce --help` has them."""
+    from fairseq_codistill.config import CodistillConfig
+
+    more = "With more on each, and where defaults depend on other options: [options](options.md)."
+    lines = ["# All options, as --help has them", "", more, "", "| option | default | help |", "|---|---|---|"]
+    for field in dataclasses.fields(CodistillConfig):
+        if field.name.startswith("codistill_"):
+            text = " ".join(field.metadata["help"].split()).replace("|", "\\|")
+            lines.append(f"| `--{field.name.replace('_', '-')}` | {default_of(field)} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def default_of(field: dataclasses.Field) -> str:
+    if field.default is None:
+        return "–"
+    return "off" if field.default is False else f"`{getattr(field.default, 'value', field.default)}`"
 
 
 def targets(name: str) -> Iterator[str]:

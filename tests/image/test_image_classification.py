@@ -40,7 +40,8 @@ from fairseq_codistill.image.options import ImageClassificationConfig, check
 from fairseq_codistill.image.task import distance
 
 CODISTILL = (
-    f"{SGD} --criterion codistill_ce --codistill-interval 10 --codistill-sync --codistill-wait 120 --codistill-wire-dtype fp32"
+    f"{SGD} --criterion codistill_ce --codistill-interval 10 --codistill-sync --codistill-wait 120 --codistill-wire-dtype fp32 "
+    "--codistill-alpha-warmup-epochs 0"
 )
 PLAIN = f"{SGD} --criterion cross_entropy"
 

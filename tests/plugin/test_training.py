@@ -362,7 +362,8 @@ HYDRA = """
 # @package _group_
 common: {cpu: true, log_format: json, log_interval: 1}
 task: {_name: translation, data: given below}
-criterion: {_name: codistill_ce, codistill_interval: 4, codistill_loss: ce, codistill_sync: true, codistill_wait: 120}
+criterion: {_name: codistill_ce, codistill_interval: 4, codistill_loss: ce, codistill_sync: true, codistill_wait: 120,
+  codistill_alpha_warmup_epochs: 0}
 dataset: {max_tokens: 300}
 optimization: {max_update: 6, lr: [0.003]}
 optimizer: {_name: adam}

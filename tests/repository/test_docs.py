@@ -1,5 +1,6 @@
 """The documentation as a site: it is built strictly, once, and what it promises is in it."""
 
+import dataclasses
 import html
 import os
 import re
@@ -11,6 +12,7 @@ import test_fused
 import torch
 from fairseq_runs import PLUGIN, ROOT
 
+from fairseq_codistill.config import CodistillConfig
 from fairseq_codistill.core import fused, guard, losses, schedules
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -48,6 +50,14 @@ def test_the_api_has_every_module_and_what_is_public_in_it(site):
                 public = re.findall(r"^(?:def|class) ([a-zA-Z]\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
                 for name in public:
                     assert f'id="fairseq_codistill.{folder}.{path.stem}.{name}"' in built, f"{folder}.{path.stem}.{name}"
+
+
+def test_the_page_of_all_options_is_that_of_the_config(site):
+    built = (site / "all_options/index.html").read_text(encoding="utf-8")
+    for field in dataclasses.fields(CodistillConfig):
+        if field.name.startswith("codistill_"):
+            assert f"<code>--{field.name.replace('_', '-')}</code>" in built
+            assert field.metadata["help"].split(";")[0].split("|")[0][:30] in html.unescape(built), field.name
 
 
 def test_what_pages_point_to_outside_docs_is_in_the_site(site):

@@ -195,4 +195,4 @@ def test_the_demos_numbers_are_those_of_its_logs():
     for row in cells[2:]:
         wanted = [row[i] for i in columns]
         shown = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in TEXT["quickstart.md"].splitlines()]
-        assert wanted in shown, wanted
+        assert any(line[0] == wanted[0] and set(wanted) <= set(line) for line in shown), wanted

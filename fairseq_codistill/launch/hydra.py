@@ -180,7 +180,9 @@ def _quiet() -> Iterator[None]:
 def _borrowed_store() -> Iterator[Any]:
     """Hydra's registry of classes with hydra's own alone, whether fairseq is imported or not; it is left as it was."""
     from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
 
+    Plugins.instance()  # they register themselves once, when hydra looks for them: not in what is borrowed
     store = ConfigStore.instance()
     before = store.repo
     store.repo = {name: copy.deepcopy(entry) for name, entry in before.items() if name.startswith(("hydra", "_dummy"))}

@@ -6,12 +6,13 @@ import argparse
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from fairseq_runs import PLUGIN
+from fairseq_runs import PLUGIN, ROOT
 
 from fairseq_codistill.launch import command as launch_command
 from fairseq_codistill.launch import outputs as launch_outputs
@@ -357,3 +358,19 @@ def test_gpus_that_nobody_uses(monkeypatch, gpus: int, peers: int, asked, expect
     monkeypatch.setattr(launch_plan, "visible_gpus", lambda: [str(i) for i in range(gpus)])
     options = argparse.Namespace(peers=peers, gpus_per_peer=asked, max_restarts=0, grace=1, log_dir=None, command=["env"])
     assert [note for note in launch_plan.make_plan(options, {}).notes if "GPU" in note] == ([expected] if expected else [])
+
+
+def test_a_process_that_reads_a_hydra_config_can_go_on_with_hydra(tmp_path):
+    """Its plugins register themselves once: not in the registry that is borrowed to read a YAML, and given back."""
+    (tmp_path / "tiny.yaml").write_text("model: {_name: x}\n")
+    code = f"""
+        from fairseq_codistill.launch.hydra import _composed_by_hydra
+        assert _composed_by_hydra("tiny", [{str(tmp_path)!r}], []).model._name == "x"
+        try:
+            from hydra import compose, initialize_config_dir
+        except ImportError:
+            from hydra.experimental import compose, initialize_config_dir
+        with initialize_config_dir(config_dir={str(tmp_path)!r}):
+            assert compose("tiny", return_hydra_config=True).hydra.sweeper is not None
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)

@@ -20,8 +20,8 @@ IN_VENV := PATH="$(abspath $(VENV))/bin:$$PATH"
 BENCHMARKS ?= benchmark-runs
 
 # Files of tests at a time, the longest first (tests/conftest.py).
-WORKERS ?= 2
-PYTEST := python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+TEST_WORKERS ?= 2
+PYTEST := python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test lint benchmark stress soak gpu test-legacy clean FORCE
 .DELETE_ON_ERROR:
